@@ -1,0 +1,94 @@
+"""The layers that the transformer, the autoencoder and the text encoder share.
+
+Parameters are float32 masters; a layer computes in the dtype of what it is given and casts its parameters to it.
+Norms and softmax compute in float32 whatever the dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+Initializer = Callable[..., jax.Array]
+
+zeros = jax.nn.initializers.zeros
+ones = jax.nn.initializers.ones
+lecun_normal = jax.nn.initializers.lecun_normal()
+
+
+def normal(stddev: float) -> Initializer:
+    return jax.nn.initializers.normal(stddev)
+
+
+def param(rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    """A float32 parameter that knows the logical names of its axes (see `sora_jax.sharding.RULES`)."""
+    if len(shape) != len(axes):
+        raise ValueError(f"{len(shape)}-dimensional parameter with {len(axes)} axis names: {shape} {axes}")
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+class Linear(nnx.Module):
+    """y = x W + b over the last axis, W `[in, out]`."""
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        axes: tuple[str | None, str | None],
+        *,
+        rngs: nnx.Rngs,
+        bias: bool = True,
+        init: Initializer = lecun_normal,
+    ):
+        self.kernel = param(rngs, init, (n_in, n_out), axes)
+        self.bias = param(rngs, zeros, (n_out,), axes[1:]) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, width: int, axis: str | None = None, *, eps: float = 1e-6, rngs: nnx.Rngs):
+        self.scale = param(rngs, ones, (width,), (axis,))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * self.scale[...]).astype(x.dtype)
+
+
+def layer_norm(x: Float[Array, "*batch C"], eps: float = 1e-6) -> Float[Array, "*batch C"]:
+    """(x - mean) / sqrt(var + eps) over the last axis, without parameters; always float32 out, for modulation."""
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+
+
+class LayerNorm(nnx.Module):
+    """`layer_norm` with scale and bias, in the dtype of its input."""
+
+    def __init__(self, width: int, axis: str | None = None, *, eps: float = 1e-6, rngs: nnx.Rngs):
+        self.scale = param(rngs, ones, (width,), (axis,))
+        self.bias = param(rngs, zeros, (width,), (axis,))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
+        return (layer_norm(x, self.eps) * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], n_layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`n_layers` modules of one shape as a single module whose parameters carry a leading layer axis, for `lax.scan`."""
+
+    @nnx.vmap(in_axes=0, out_axes=0, graph=False)
+    def build(layer_rngs: nnx.Rngs) -> nnx.Module:
+        return make(layer_rngs)
+
+    return build(rngs.split(n_layers))
