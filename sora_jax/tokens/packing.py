@@ -1,0 +1,276 @@
+"""Packing: clips of any length and size share rows of equal length, and index arrays keep them apart.
+
+A plan is made from shapes alone (`plan_rows`), then filled (`fill_rows`), so that the program that reads the rows
+compiles once whatever mixture of images and videos it is fed ("Patch n' Pack", Dehghani et al. 2023,
+arXiv:2307.06304). Nothing is padded inside a clip and nothing is dropped: `unpack_rows` gives every clip back.
+
+    clip      latents [F, h, w, C] and the token ids of its prompt
+    segment   a clip within its row, numbered from 1; 0 is padding
+    group     one token frame of one clip: the unit that has a noise level of its own
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from sora_jax.errors import UserError
+from sora_jax.shapes import Extent, Stride, token_extent
+from sora_jax.tokens.patchify import patchify, token_positions, unpatchify
+
+AnyArray = jax.Array | np.ndarray
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """B rows of N tokens, each holding several clips and their prompts side by side; a pytree of ten arrays.
+
+    Two tokens belong to one clip when their `segment_ids` agree; a token reads the text whose `text_ids` equal its
+    `prompt_ids`; its noise level is that of its group. Every id counts from 1 within its row, and 0 is padding,
+    except `level_ids`, which index the G groups of the row (padding tokens point at group 0).
+    """
+
+    tokens: Float[AnyArray, "B N P"]  # clean normalised latents, one patch a token
+    positions: Int[AnyArray, "B N 3"]  # (time, height, width) of the token in its clip, in tokens
+    segment_ids: Int[AnyArray, "B N"]
+    prompt_ids: Int[AnyArray, "B N"]
+    level_ids: Int[AnyArray, "B N"]
+    group_segment: Int[AnyArray, "B G"]  # the clip a group belongs to; 0 = unused group
+    group_frame: Int[AnyArray, "B G"]  # which frame of its clip, from 0
+    group_count: Int[AnyArray, "B G"]  # how many frames its clip has
+    text_tokens: Int[AnyArray, "B L"]
+    text_ids: Int[AnyArray, "B L"]
+
+    def replace(self, **changes: object) -> PackedRows:
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(PackedRows))
+
+
+def _flatten_with_keys(rows: PackedRows) -> tuple[list[tuple[Any, Any]], None]:
+    return [(jax.tree_util.GetAttrKey(name), getattr(rows, name)) for name in FIELDS], None
+
+
+def _flatten(rows: PackedRows) -> tuple[list[Any], None]:
+    return [getattr(rows, name) for name in FIELDS], None
+
+
+def _unflatten(_: None, leaves: Iterable[Any]) -> PackedRows:
+    # Not by __init__ (as `register_dataclass` would): a tree of shardings or shapes is no tree of arrays, and the
+    # annotations above, which the tests enforce, would refuse it.
+    rows = object.__new__(PackedRows)
+    for name, leaf in zip(FIELDS, leaves, strict=True):
+        object.__setattr__(rows, name, leaf)
+    return rows
+
+
+jax.tree_util.register_pytree_with_keys(PackedRows, _flatten_with_keys, _unflatten, _flatten)
+
+
+class Clip(NamedTuple):
+    """What a row is filled with: float32 latents `[F, h, w, C]` and int32 token ids `[L]` of the prompt."""
+
+    latents: np.ndarray
+    text: np.ndarray
+
+
+class ClipShape(NamedTuple):
+    """What the plan needs to know of a clip: how many tokens, text tokens and groups (frames) it takes."""
+
+    tokens: int
+    text: int
+    frames: int
+
+
+class FillRatio(NamedTuple):
+    """The shares of a row's places that hold something, each in [0, 1]."""
+
+    tokens: float
+    text: float
+    groups: float
+
+
+def clip_shape(clip: Clip, patch: Stride = Stride(1, 1, 1)) -> ClipShape:
+    extent = token_extent(Extent(*clip.latents.shape[:3]), patch)
+    return ClipShape(extent.volume, len(clip.text), extent.frames)
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+def plan_rows(
+    shapes: Sequence[ClipShape],
+    *,
+    row_tokens: int,
+    row_text: int,
+    row_groups: int | None = None,
+    rows: int | None = None,
+    names: Sequence[str] | None = None,
+) -> list[list[int]]:
+    """Which clips go into which row: first-fit in the given order (Johnson 1973), so the plan is deterministic.
+
+    A clip goes into the first row that has room for its tokens, its text and (when bounded) its groups.
+    Returns, for each row, the indices into `shapes` in the order they were placed. Without `rows`, as many rows as
+    it takes, and every clip is in exactly one. With `rows`, exactly that many (the last may be empty); clips that
+    found no room are in none of them: `left_over` lists these, for the next step.
+
+    Raises `UserError` for a clip that would not fit an empty row, naming it (by `names`) and the limit.
+    """
+    limits = (row_tokens, row_text, row_groups if row_groups is not None else sum(s.frames for s in shapes))
+    for index, shape in enumerate(shapes):
+        _refuse_too_large(shape, limits, names[index] if names is not None else f"clip {index}")
+    least = tuple(min((shape[axis] for shape in shapes), default=0) for axis in range(3))
+    plan: list[list[int]] = []
+    free: list[list[int]] = []
+    open_rows: list[int] = []  # rows that still have room for the smallest clip, in order
+    for index, shape in enumerate(shapes):
+        tokens, text, frames = shape
+        for row in open_rows:
+            room = free[row]
+            if tokens <= room[0] and text <= room[1] and frames <= room[2]:
+                break
+        else:
+            if rows is not None and len(plan) == rows:
+                continue
+            row, room = len(plan), list(limits)
+            plan.append([])
+            free.append(room)
+            open_rows.append(row)
+        plan[row].append(index)
+        room[0] -= tokens
+        room[1] -= text
+        room[2] -= frames
+        if room[0] < least[0] or room[1] < least[1] or room[2] < least[2]:
+            open_rows.remove(row)
+    return plan + [[] for _ in range((rows or 0) - len(plan))]
+
+
+def _refuse_too_large(shape: ClipShape, limits: tuple[int, int, int], name: str) -> None:
+    for what, size, limit, option in zip(
+        ("tokens", "text tokens", "latent frames"), shape, limits, ("row_tokens", "row_text", "row_groups"), strict=True
+    ):
+        if size > limit:
+            raise UserError(
+                f"{name} has {size} {what} and a row holds {limit}: raise {option} to {size} or leave it out"
+            )
+
+
+def left_over(plan: Sequence[Sequence[int]], count: int) -> list[int]:
+    """The clips, of `count`, that a plan with bounded rows did not place; in order."""
+    placed = {index for row in plan for index in row}
+    return [index for index in range(count) if index not in placed]
+
+
+def row_cost(row: Sequence[int], shapes: Sequence[ClipShape], width: int) -> float:
+    """The work of a row, in units of one token's dense layers: sum over its clips of n + n^2 / (6 width).
+
+    A transformer layer of width D with a 4 D feed-forward does 24 D^2 floating-point operations a token in its
+    matrices and 4 n D in attention over n tokens; their ratio is n / (6 D).
+    """
+    return float(sum(shapes[index].tokens + shapes[index].tokens ** 2 / (6 * width) for index in row))
+
+
+def steps_of_like_cost(
+    plan: Sequence[Sequence[int]], shapes: Sequence[ClipShape], *, rows: int, width: int
+) -> list[list[list[int]]]:
+    """Deal a plan into steps of `rows` rows so that the rows of one step cost about the same.
+
+    Devices wait for the slowest of a step, so like goes with like; steps come in falling order of cost. The last step
+    is filled up with empty rows.
+    """
+    by_cost = sorted(plan, key=lambda row: -row_cost(row, shapes, width))  # sorted() is stable: still deterministic
+    steps = [[list(row) for row in by_cost[start : start + rows]] for start in range(0, len(by_cost), rows)]
+    if steps:
+        steps[-1] += [[] for _ in range(rows - len(steps[-1]))]
+    return steps
+
+
+# ---------------------------------------------------------------------------------------------------------------- fill
+
+
+def fill_rows(
+    plan: Sequence[Sequence[int]],
+    clips: Sequence[Clip],
+    *,
+    row_tokens: int,
+    row_text: int,
+    row_groups: int,
+    patch: Stride = Stride(1, 1, 1),
+) -> dict[str, np.ndarray]:
+    """The arrays of `PackedRows`, by field name: row r holds the clips `plan[r]`, side by side from its start.
+
+    Tokens of a clip run frame by frame, row by row (the order of `patchify`). float32 tokens, everything else int32.
+    Raises `ValueError` for a plan that does not fit its rows: plans of `plan_rows` with the same limits always do.
+    """
+    if not clips:
+        raise ValueError("no clips: a batch of nothing has no channels")
+    B, N, L, G = len(plan), row_tokens, row_text, row_groups
+    P = clips[0].latents.shape[-1] * patch.time * patch.height * patch.width
+    ints = {
+        "positions": (B, N, 3), "segment_ids": (B, N), "prompt_ids": (B, N), "level_ids": (B, N),
+        "group_segment": (B, G), "group_frame": (B, G), "group_count": (B, G),
+        "text_tokens": (B, L), "text_ids": (B, L),
+    }  # fmt: skip
+    out = {"tokens": np.zeros((B, N, P), np.float32)} | {name: np.zeros(s, np.int32) for name, s in ints.items()}
+
+    for b, row in enumerate(plan):
+        n = g = t = 0  # tokens, groups and text tokens placed so far
+        for segment, index in enumerate(row, start=1):
+            clip = clips[index]
+            extent = token_extent(Extent(*clip.latents.shape[:3]), patch)
+            here, frames, text = (
+                slice(n, n + extent.volume), slice(g, g + extent.frames), slice(t, t + len(clip.text))
+            )  # fmt: skip
+            if here.stop > N or frames.stop > G or text.stop > L:
+                raise ValueError(
+                    f"row {b} of the plan does not fit: its clips take more than {N} tokens, {L} text, {G} groups"
+                )
+            positions = _positions(extent)
+            out["tokens"][b, here] = patchify(clip.latents, patch)
+            out["positions"][b, here] = positions
+            out["segment_ids"][b, here] = segment
+            # One prompt a clip, so the ids of prompts are those of segments.
+            out["prompt_ids"][b, here] = segment
+            out["level_ids"][b, here] = positions[:, 0] + g
+            out["group_segment"][b, frames] = segment
+            out["group_frame"][b, frames] = np.arange(extent.frames)
+            out["group_count"][b, frames] = extent.frames
+            out["text_tokens"][b, text] = clip.text
+            out["text_ids"][b, text] = segment
+            n, g, t = here.stop, frames.stop, text.stop
+    return out
+
+
+@lru_cache(maxsize=256)
+def _positions(extent: Extent) -> np.ndarray:
+    positions = token_positions(extent)
+    positions.setflags(write=False)
+    return positions
+
+
+def unpack_rows(rows: Mapping[str, np.ndarray], patch: Stride = Stride(1, 1, 1)) -> list[list[Clip]]:
+    """The inverse of `fill_rows`: for each row its clips in order, found from the index arrays alone."""
+    unpacked: list[list[Clip]] = []
+    for b in range(len(rows["tokens"])):
+        segments, prompts, clips = rows["segment_ids"][b], rows["prompt_ids"][b], []
+        for segment in range(1, int(segments.max(initial=0)) + 1):
+            here = segments == segment
+            extent = Extent(*(int(size) for size in rows["positions"][b, here].max(axis=0) + 1))
+            latents = Extent(*(size * step for size, step in zip(extent, patch, strict=True)))
+            text = rows["text_tokens"][b, rows["text_ids"][b] == prompts[here][0]]
+            clips.append(Clip(unpatchify(rows["tokens"][b, here], latents, patch), text))
+        unpacked.append(clips)
+    return unpacked
+
+
+def fill_ratio(rows: Mapping[str, np.ndarray]) -> FillRatio:
+    """How full packed rows are: the shares of token, text and group places in use."""
+    return FillRatio(*(float(np.mean(rows[name] > 0)) for name in ("segment_ids", "text_ids", "group_segment")))

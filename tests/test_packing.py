@@ -1,0 +1,198 @@
+"""Packing: every token lands once, ids say where it came from, and nothing is dropped."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sora_jax.errors import UserError
+from sora_jax.shapes import Stride
+from sora_jax.tokens.packing import (
+    Clip,
+    ClipShape,
+    PackedRows,
+    clip_shape,
+    fill_ratio,
+    fill_rows,
+    left_over,
+    plan_rows,
+    row_cost,
+    steps_of_like_cost,
+    unpack_rows,
+)
+
+ROW = {"row_tokens": 48, "row_text": 24, "row_groups": 8}
+shapes = st.lists(
+    st.builds(ClipShape, tokens=st.integers(1, 48), text=st.integers(0, 24), frames=st.integers(1, 8)), max_size=40
+)
+
+
+@st.composite
+def clips(draw, channels=3, patch=Stride(1, 1, 1)):
+    """Clips whose every number is unique, so that a misplaced one cannot hide."""
+    out, start = [], 0
+    for _ in range(draw(st.integers(1, 12))):
+        frames, height, width = (draw(st.integers(1, top)) * step for top, step in zip((4, 3, 4), patch, strict=True))
+        size = frames * height * width * channels
+        latents = np.arange(start, start + size, dtype=np.float32).reshape(frames, height, width, channels)
+        out.append(Clip(latents, np.array(draw(st.lists(st.integers(1, 383), min_size=1, max_size=12)), np.int32)))
+        start += size
+    return out
+
+
+def pack(items, patch=Stride(1, 1, 1)):
+    plan = plan_rows([clip_shape(clip, patch) for clip in items], **ROW)
+    return plan, fill_rows(plan, items, patch=patch, **ROW)
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+@settings(deadline=None)
+@given(shapes)
+def test_unbounded_plan_places_every_clip_once_within_limits(shapes):
+    plan = plan_rows(shapes, **ROW)
+    assert Counter(i for row in plan for i in row) == Counter(range(len(shapes)))
+    for row in plan:
+        assert row, "no empty row is opened"
+        for axis, limit in enumerate((48, 24, 8)):
+            assert sum(shapes[i][axis] for i in row) <= limit
+
+
+@settings(deadline=None)
+@given(shapes)
+def test_plan_is_first_fit(shapes):
+    """Against the definition, replayed naively: each clip is in the first row that had room when it came."""
+    plan = plan_rows(shapes, **ROW)
+    where = {index: r for r, row in enumerate(plan) for index in row}
+    used = np.zeros((len(plan) + 1, 3), int)
+    for index, shape in enumerate(shapes):
+        expected = next(r for r in range(len(used)) if np.all(used[r] + shape <= (48, 24, 8)))
+        assert where[index] == expected
+        used[expected] += shape
+
+
+@settings(deadline=None)
+@given(shapes, st.integers(1, 5))
+def test_bounded_plan_keeps_what_found_no_room(shapes, rows):
+    plan = plan_rows(shapes, rows=rows, **ROW)
+    assert len(plan) == rows
+    rest = left_over(plan, len(shapes))
+    assert sorted([i for row in plan for i in row] + rest) == list(range(len(shapes)))
+    for index in rest:  # it would fit in no row even now
+        for row in plan:
+            used = np.sum([shapes[i] for i in row], axis=0)
+            assert np.any(used + shapes[index] > (48, 24, 8))
+
+
+def test_limit_of_text_moves_a_clip_to_another_row():
+    two = [ClipShape(8, 20, 1), ClipShape(8, 20, 1)]
+    assert plan_rows(two, row_tokens=16, row_text=40) == [[0, 1]]
+    assert plan_rows(two, row_tokens=16, row_text=39) == [[0], [1]]
+    assert plan_rows(two, row_tokens=16, row_text=40, row_groups=1) == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (ClipShape(49, 1, 1), "cat.mp4 has 49 tokens and a row holds 48: raise row_tokens to 49"),
+        (ClipShape(1, 25, 1), "cat.mp4 has 25 text tokens and a row holds 24: raise row_text to 25"),
+        (ClipShape(1, 1, 9), "cat.mp4 has 9 latent frames and a row holds 8: raise row_groups to 9"),
+    ],
+)
+def test_clip_that_fits_no_row_is_named(shape, message):
+    with pytest.raises(UserError, match=message):
+        plan_rows([ClipShape(1, 1, 1), shape], names=["dog.mp4", "cat.mp4"], **ROW)
+
+
+def test_steps_hold_rows_of_like_cost():
+    shapes = [ClipShape(n, 1, 1) for n in (48, 3, 40, 5, 44, 4)]
+    plan = [[i] for i in range(6)]
+    steps = steps_of_like_cost(plan, shapes, rows=4, width=8)
+    assert steps == [[[0], [4], [2], [3]], [[5], [1], [], []]]
+    assert row_cost([0, 1], shapes, width=8) == pytest.approx(48 + 48**2 / 48 + 3 + 9 / 48)
+
+
+# ---------------------------------------------------------------------------------------------------------------- fill
+
+
+@settings(deadline=None, max_examples=60)
+@given(clips())
+def test_unpack_inverts_fill(items):
+    plan, rows = pack(items)
+    for row, found in zip(plan, unpack_rows(rows), strict=True):
+        assert len(row) == len(found)
+        for index, clip in zip(row, found, strict=True):
+            np.testing.assert_array_equal(clip.latents, items[index].latents)
+            np.testing.assert_array_equal(clip.text, items[index].text)
+
+
+@settings(deadline=None, max_examples=30)
+@given(clips(patch=Stride(1, 2, 2)))
+def test_unpack_inverts_fill_with_patches(items):
+    patch = Stride(1, 2, 2)
+    plan, rows = pack(items, patch)
+    assert rows["tokens"].shape[-1] == 3 * 4
+    flat = [clip for row in unpack_rows(rows, patch) for clip in row]
+    for index, clip in zip([i for row in plan for i in row], flat, strict=True):
+        np.testing.assert_array_equal(clip.latents, items[index].latents)
+
+
+@settings(deadline=None, max_examples=60)
+@given(clips())
+def test_every_token_lands_once_and_its_ids_say_which(items):
+    plan, rows = pack(items)
+    real = rows["segment_ids"] > 0
+    assert sorted(rows["tokens"][real].ravel()) == sorted(np.concatenate([c.latents.ravel() for c in items]))
+    assert not rows["tokens"][~real].any()
+    for b, n in zip(*np.nonzero(real), strict=True):
+        segment, group = rows["segment_ids"][b, n], rows["level_ids"][b, n]
+        clip = items[plan[b][segment - 1]]
+        frame, y, x = rows["positions"][b, n]
+        np.testing.assert_array_equal(rows["tokens"][b, n], clip.latents[frame, y, x])
+        assert rows["group_segment"][b, group] == segment
+        assert rows["group_frame"][b, group] == frame
+        assert rows["group_count"][b, group] == len(clip.latents)
+        text = rows["text_tokens"][b, rows["text_ids"][b] == rows["prompt_ids"][b, n]]
+        np.testing.assert_array_equal(text, clip.text)
+    for name in ("positions", "prompt_ids", "level_ids"):
+        assert not rows[name][~real].any(), f"{name} of padding is 0"
+    # Each used group belongs to one frame of one clip: as many groups as frames.
+    for b, row in enumerate(plan):
+        assert np.count_nonzero(rows["group_segment"][b]) == sum(len(items[i].latents) for i in row)
+
+
+def test_empty_rows_are_all_padding():
+    clip = Clip(np.ones((1, 2, 2, 3), np.float32), np.array([5, 1], np.int32))
+    rows = fill_rows([[0], []], [clip], **ROW)
+    assert {name: array.dtype for name, array in rows.items() if name != "tokens"} == dict.fromkeys(
+        (name for name in rows if name != "tokens"), np.dtype(np.int32)
+    )
+    assert not any(array[1].any() for array in rows.values())
+    assert unpack_rows(rows)[1] == []
+    assert fill_ratio(rows) == pytest.approx((4 / 96, 2 / 48, 1 / 16))
+
+
+def test_plan_for_other_limits_is_refused():
+    clip = Clip(np.ones((1, 2, 2, 3), np.float32), np.array([5, 1], np.int32))
+    with pytest.raises(ValueError, match="row 0 of the plan does not fit"):
+        fill_rows([[0, 0]], [clip], row_tokens=7, row_text=8, row_groups=8)
+
+
+# -------------------------------------------------------------------------------------------------------------- pytree
+
+
+def test_packed_rows_are_a_pytree():
+    clip = Clip(np.ones((2, 2, 2, 3), np.float32), np.array([5, 1], np.int32))
+    rows = PackedRows(**fill_rows([[0]], [clip], **ROW))
+    assert float(jax.jit(lambda r: r.tokens.sum())(rows)) == 24
+    sizes = jax.tree.map(np.shape, rows)  # leaves that are no arrays must be allowed
+    assert sizes.positions == (1, 48, 3)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(rows)]
+    assert paths[:2] == [".tokens", ".positions"]
+    assert rows.replace(text_ids=rows.text_ids + 1).text_ids.min() == 1
