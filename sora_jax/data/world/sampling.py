@@ -1,0 +1,402 @@
+"""Drawing scenes: what is in them, and where everything goes. Scene i depends on (seed, i) and the settings only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sora_jax.data.world import motion
+from sora_jax.data.world.motion import Path, Stage
+from sora_jax.data.world.scene import (
+    COLORS,
+    DIRECTIONS,
+    FLOORS,
+    KINDS,
+    MOTIONS,
+    OCCLUDERS,
+    OUTLINES,
+    SHAPES,
+    SIZES,
+    WALLS,
+    Background,
+    Event,
+    Mix,
+    Occluder,
+    Scene,
+    Shot,
+    WorldObject,
+    is_heldout,
+)
+from sora_jax.errors import UserError, nearest
+
+SPLITS = ("train", "heldout", "all")
+_ON_FLOOR = ("slide", "bounce", "fall", "rest", "enter", "exit")  # motions that make sense on a floor
+_APART = ("slide", "bounce", "fall", "grow", "shrink", "rest")  # motions that share a frame with another one
+_STREAM = 0x50524F43  # keeps the world's random streams apart from others made of (seed, index)
+
+
+class Spec(NamedTuple):
+    """What an object is to be, before it is given a place."""
+
+    shape: str
+    color: str
+    size: str
+    motion: str
+    direction: str = ""
+
+    @property
+    def combination(self) -> tuple[str, str, str]:
+        return self.color, self.shape, f"{self.motion} {self.direction}" if self.motion == "slide" else self.motion
+
+
+class Plan(NamedTuple):
+    """What a shot is to be."""
+
+    kind: str
+    floor: bool
+    specs: tuple[Spec, ...]
+    orbit_pair: str = ""  # "opposite": both circle the middle; "around": the first circles the second
+
+
+def _choose(rng: np.random.Generator, names: Sequence[str], mix: Mix) -> str:
+    """One of `names` with the weights that `mix` gives them."""
+    weights = np.array([getattr(mix, name) for name in names], np.float64)
+    if not weights.sum() > 0:
+        raise UserError(f"the mix gives none of {', '.join(names)} a weight > 0")
+    return names[int(np.searchsorted(np.cumsum(weights), rng.random() * weights.sum(), side="right"))]
+
+
+def _pick(rng: np.random.Generator, names: Sequence[str]) -> str:
+    return names[int(rng.integers(len(names)))]
+
+
+def _pick_pair(rng: np.random.Generator) -> tuple[str, str]:
+    return (("small", "small"), ("small", "small"), ("small", "medium"), ("medium", "small"))[int(rng.integers(4))]
+
+
+def _direction(rng: np.random.Generator, name: str, floor: bool) -> str:
+    """A direction that suits the motion and the setting."""
+    if name == "orbit":
+        return _pick(rng, ("clockwise", "counterclockwise"))
+    if name == "bounce":
+        return _pick(rng, ("left", "right")) if rng.random() < 0.3 else ""
+    if name in ("slide", "enter", "exit") and floor:
+        return _pick(rng, ("left", "right"))
+    if name in ("enter", "exit"):
+        return _pick(rng, ("left", "right", "up", "down"))
+    return _pick(rng, tuple(DIRECTIONS)) if name == "slide" else ""
+
+
+def _plan(rng: np.random.Generator, mix: Mix, moving: bool) -> Plan:
+    """Draws what happens; without regard to the split, which the caller checks."""
+    kind = _choose(rng, KINDS if moving else ("single", "pair"), mix)
+    floor = bool(rng.random() < mix.floor)
+    motions = MOTIONS if moving else ("rest",)
+
+    def spec(name: str, direction: str, shapes: Sequence[str] = SHAPES, size: str = "") -> Spec:
+        size = size or _choose(rng, tuple(SIZES), mix)
+        return Spec(_pick(rng, shapes), _pick(rng, tuple(COLORS)), size, name, direction)
+
+    if kind == "single":
+        name = _choose(rng, motions, mix)
+        floor = name in ("bounce", "fall") or (floor and name in _ON_FLOOR)
+        return Plan(kind, floor, (spec(name, _direction(rng, name, floor)),))
+    if kind == "pan":
+        return Plan(kind, False, (spec("rest", ""),))
+    if kind == "occluder":
+        return Plan(kind, floor, (spec("slide", _pick(rng, ("left", "right")), size="small"),))
+    if kind == "collision":
+        direction = _pick(rng, ("left", "right"))
+        # On a floor both have one size, so that they meet head-on; two of medium size would have no room to move
+        sizes = ("small", "small") if floor else _pick_pair(rng)
+        first = spec("slide", direction, ("ball", "square"), sizes[0])
+        second = spec("rest", "", ("ball", "square"), sizes[1])
+        return Plan(kind, floor, (first, second))
+
+    how = _choose(rng, ("twins", "together", "apart"), mix)
+    small = Mix(small=mix.small + mix.large, medium=mix.medium, large=0.0)  # two large ones would not fit
+    sizes = [_choose(rng, ("small", "medium"), small) for _ in range(2)]
+    if how == "apart" and moving:
+        first_name = _choose(rng, _APART, mix)
+        floor = first_name in ("bounce", "fall") or (floor and first_name in _ON_FLOOR)
+        second_name = _choose(rng, [m for m in _APART if m != first_name and (m in _ON_FLOOR or not floor)
+                                    and (floor or m not in ("bounce", "fall"))], mix)  # fmt: skip
+        names = [first_name, second_name]
+        directions = [_direction(rng, name, floor) for name in names]
+    else:
+        name = _choose(rng, [m for m in motions if m not in ("enter", "exit")], mix)
+        floor = name in ("bounce", "fall") or (floor and name in _ON_FLOOR)
+        names, directions = [name] * 2, [_direction(rng, name, floor)] * 2
+    first = spec(names[0], directions[0], size=sizes[0])
+    if how == "twins":
+        second = first
+    else:
+        second = spec(names[1], directions[1], size=sizes[1])
+    orbit_pair = ""
+    if names == ["orbit", "orbit"]:
+        orbit_pair = "opposite" if how == "twins" or rng.random() < 0.4 else "around"
+        if orbit_pair == "around":
+            second = second._replace(motion="rest", direction="")
+    return Plan(kind, floor, (first, second), orbit_pair)
+
+
+def _allowed(plan: Plan, split: str) -> bool:
+    """Training never sees a held-out combination, `heldout` always shows one, two kinds never share a colour."""
+    first, *others = plan.specs
+    if any(other.color == first.color and other != first for other in others):
+        return False
+    if split == "all":
+        return True
+    return any(is_heldout(spec.combination) for spec in plan.specs) == (split == "heldout")
+
+
+def _background(rng: np.random.Generator, plan: Plan, stage: Stage, mix: Mix, avoid: str) -> Background:
+    """Colours whose names differ from those of the objects; `avoid` is the wall of the shot before."""
+    colors = {spec.color for spec in plan.specs}
+    walls = [name for name in WALLS if name not in colors and name != avoid]
+    phase = float(rng.uniform(0, 64)) * stage.unit
+    if stage.contact is not None:
+        floor = _pick(rng, [name for name in FLOORS if name not in colors])
+        wall = _pick(rng, [name for name in walls if name != floor])
+        horizon = stage.contact - float(rng.uniform(5, 8)) * stage.unit
+        striped = bool(rng.random() < mix.striped)
+        return Background("floor", wall, floor, horizon, stage.contact, striped, phase)
+    edge = float(stage.height)
+    striped = plan.kind == "pan" or bool(rng.random() < mix.striped)
+    if not striped and rng.random() < mix.gradient:
+        wall, floor = (str(name) for name in rng.permutation([name for name in walls if name != "black"])[:2])
+        return Background("gradient", wall, floor, edge, edge, False, phase)
+    return Background("plain", _pick(rng, walls), "", edge, edge, striped, phase)
+
+
+def _radius(rng: np.random.Generator, size: str, stage: Stage) -> float:
+    low, high = SIZES[size]
+    return float(rng.uniform(low, high)) * stage.unit
+
+
+def _path(rng: np.random.Generator, stage: Stage, spec: Spec, radius: float) -> Path:
+    """A path for one object on its own."""
+    match spec.motion:
+        case "slide":
+            return motion.slide(rng, stage, spec.shape, radius, spec.direction)
+        case "bounce":
+            return motion.bounce(rng, stage, spec.shape, radius, spec.direction)
+        case "fall":
+            return motion.fall(rng, stage, spec.shape, radius)
+        case "orbit":
+            return motion.orbit(rng, stage, radius, spec.direction)
+        case "enter":
+            return motion.enter(rng, stage, spec.shape, radius, spec.direction)
+        case "exit":
+            return motion.exit_(rng, stage, spec.shape, radius, spec.direction)
+        case "grow" | "shrink":
+            # From less than half to the full size, so that growth is plain to see whatever the size
+            large = max(radius, 9.5 * stage.unit)
+            return motion.swell(rng, stage, spec.shape, 0.42 * large, large, spec.motion == "grow")
+        case "rest":
+            return motion.rest(rng, stage, spec.shape, radius)
+    raise ValueError(spec.motion)
+
+
+def _apart(stage: Stage, plan: Plan, first: Path, second: Path) -> bool:
+    """Whether two objects never touch."""
+    reach = OUTLINES[plan.specs[0].shape].reach * first.radii + OUTLINES[plan.specs[1].shape].reach * second.radii
+    distance = np.linalg.norm(first.centers - second.centers, axis=-1)
+    return bool((distance > reach + 2.5 * stage.unit).all())
+
+
+def _pair(rng: np.random.Generator, stage: Stage, plan: Plan) -> list[Path] | None:
+    """Two paths that never touch, or None when luck runs out."""
+    radii = [_radius(rng, spec.size, stage) for spec in plan.specs]
+    if plan.specs[0].size == plan.specs[1].size:
+        radii[1] = radii[0]
+    if plan.orbit_pair == "around":
+        reach = OUTLINES[plan.specs[1].shape].reach * radii[1]
+        first = motion.orbit(rng, stage, radii[0], plan.specs[0].direction, around=reach)
+        assert first.pivot is not None
+        second = Path(np.tile(np.array(first.pivot), (stage.frames, 1)), np.full(stage.frames, radii[1]))
+        return [first, second] if _apart(stage, plan, first, second) else None
+    if plan.orbit_pair == "opposite":
+        angle = rng.uniform(0, 2 * np.pi)
+        state = rng.bit_generator.state  # the same circle at the same rate for both
+        first = motion.orbit(rng, stage, max(radii), plan.specs[0].direction, angle=angle)
+        rng.bit_generator.state = state
+        second = motion.orbit(rng, stage, max(radii), plan.specs[0].direction, angle=angle + np.pi)
+        pair = [first._replace(radii=first.radii * 0 + radii[0]), second._replace(radii=second.radii * 0 + radii[1])]
+        return pair if _apart(stage, plan, *pair) else None
+    first = _path(rng, stage, plan.specs[0], radii[0])
+    for attempt in range(24):
+        second = _path(rng, stage, plan.specs[1], radii[1])
+        if _apart(stage, plan, first, second):
+            return [first, second]
+        if attempt % 4 == 3:
+            first = _path(rng, stage, plan.specs[0], radii[0])
+    return None
+
+
+def _collision(rng: np.random.Generator, stage: Stage, plan: Plan) -> list[Path]:
+    """The first slides into the second, which rests; equal areas mean equal masses."""
+    radii = [_radius(rng, spec.size, stage) for spec in plan.specs]
+    if stage.contact is not None or plan.specs[0].size == plan.specs[1].size:
+        radii[1] = radii[0]
+    widths = [OUTLINES[spec.shape].half_width * radius for spec, radius in zip(plan.specs, radii, strict=True)]
+    masses = [radius**2 for radius in radii]
+    sign = motion.heading(plan.specs[0].direction)[0]
+    start = widths[0] + rng.uniform(-2, 2) * stage.unit
+    other = rng.uniform(0.54, 0.6) * stage.width
+    if sign < 0:
+        start, other = stage.width - start, stage.width - other
+    gap = sum(widths)
+    hit = rng.uniform(0.3, 0.42) * max(stage.frames - 1, 1)
+    speed = (other - sign * gap - start) / hit
+    xs = motion.collide(stage, start, speed, other, gap, *masses)
+    middle = rng.uniform(max(radii), stage.height - max(radii))
+    paths = []
+    for spec, radius, x in zip(plan.specs, radii, xs[:2], strict=True):
+        y = middle if stage.contact is None else stage.contact - OUTLINES[spec.shape].bottom * radius
+        paths.append(Path(np.stack([x, np.full_like(x, y)], axis=-1), np.full(stage.frames, radius)))
+    return [paths[0]._replace(events=(Event("collision", xs[2], (0, 1)),)), paths[1]]
+
+
+def _occlusion(rng: np.random.Generator, stage: Stage, plan: Plan, ground: Background) -> tuple[Path, Occluder]:
+    """An object slides from one side of a bar, behind it, to the other side."""
+    spec = plan.specs[0]
+    radius = _radius(rng, spec.size, stage)
+    width = OUTLINES[spec.shape].half_width * radius
+    path = motion.rest(rng, stage, spec.shape, radius)
+    ends = width + rng.uniform(0, 2, 2) * stage.unit
+    xs = np.linspace(ends[0], stage.width - ends[1], stage.frames)
+    path.centers[:, 0] = xs if spec.direction == "right" else xs[::-1]
+    bar = 2 * width + rng.uniform(4, 6) * stage.unit
+    left = stage.width / 2 - bar / 2 + rng.uniform(-3, 3) * stage.unit
+    color = "pale" if ground.wall == "black" else "dark"
+    return path._replace(direction=spec.direction), Occluder(left, left + bar, color)
+
+
+def _overlap(low: np.ndarray, high: np.ndarray, start: float, end: float) -> np.ndarray:
+    """Length of [low, high] within [start, end]."""
+    return np.maximum(np.minimum(high, end) - np.maximum(low, start), 0)
+
+
+def _finish(spec: Spec, path: Path, stage: Stage, occluder: Occluder | None) -> WorldObject:
+    """Adds the visible share of the bounding box to what the path says."""
+    outline = OUTLINES[spec.shape]
+    x, y, radii = path.centers[:, 0], path.centers[:, 1], path.radii
+    left, right = x - outline.half_width * radii, x + outline.half_width * radii
+    top, bottom = y - outline.top * radii, y + outline.bottom * radii
+    seen = _overlap(left, right, 0, stage.width)
+    if occluder is not None:
+        seen = seen - _overlap(left, right, max(occluder.left, 0), min(occluder.right, stage.width))
+    share = seen / (right - left) * _overlap(top, bottom, 0, stage.height) / (bottom - top)
+    return WorldObject(
+        *spec,
+        centers=path.centers.astype(np.float32),
+        radii=radii.astype(np.float32),
+        visibility=np.clip(share, 0, 1).astype(np.float32),
+    )
+
+
+def _shot(rng: np.random.Generator, plan: Plan, frames: int, height: int, width: int, mix: Mix, avoid: str) -> Shot | None:
+    """Gives a plan its places; None when its objects could not be kept apart."""
+    unit = min(height, width) / 64
+    contact = height - float(rng.uniform(6, 9)) * unit if plan.floor else None
+    stage = Stage(frames, height, width, contact)
+    ground = _background(rng, plan, stage, mix, avoid)
+    pan = np.zeros(frames, np.float32)
+    occluder = None
+    if plan.kind == "single":
+        paths = [_path(rng, stage, plan.specs[0], _radius(rng, plan.specs[0].size, stage))]
+    elif plan.kind == "pair":
+        pair = _pair(rng, stage, plan)
+        if pair is None:
+            return None
+        paths = pair
+    elif plan.kind == "collision":
+        paths = _collision(rng, stage, plan)
+    elif plan.kind == "occluder":
+        path, occluder = _occlusion(rng, stage, plan, ground)
+        paths = [path]
+    else:  # pan: the object slides across the screen, as the world does
+        direction = _pick(rng, ("left", "right"))
+        spec = plan.specs[0]
+        path = motion.slide(rng, stage, spec.shape, _radius(rng, spec.size, stage), direction)
+        pan = (path.centers[0, 0] - path.centers[:, 0]).astype(np.float32)
+        paths = [path._replace(direction="")]
+    events = tuple(
+        event if event.kind == "collision" else event._replace(objects=(number,))
+        for number, path in enumerate(paths)
+        for event in path.events
+    )
+    objects = tuple(_finish(spec, path, stage, occluder) for spec, path in zip(plan.specs, paths, strict=True))
+    pivot = None if plan.orbit_pair == "around" else paths[0].pivot
+    return Shot(plan.kind, objects, ground, pan, occluder, pivot, events)
+
+
+def _draw_shot(
+    rng: np.random.Generator, frames: int, height: int, width: int, split: str, mix: Mix, avoid: str
+) -> Shot:
+    for _ in range(10_000):
+        plan = _plan(rng, mix, moving=frames > 1)
+        if not _allowed(plan, split):
+            continue
+        shot = _shot(rng, plan, frames, height, width, mix, avoid)
+        if shot is not None:
+            return shot
+    raise UserError(f"no scene of this mix fits in {height}x{width} pixels: give a larger size or another mix")
+
+
+def sample_scene(
+    seed: int,
+    index: int,
+    *,
+    split: str = "train",
+    frames: int = 17,
+    height: int = 64,
+    width: int = 64,
+    mix: Mix | None = None,
+    shots: Sequence[int] | None = None,
+) -> Scene:
+    """Scene `index` of the endless list that `seed` and the settings make; see `sample_scenes`."""
+    if split not in SPLITS:
+        raise UserError(f'unknown split "{split}"; {nearest(split, SPLITS)}')
+    lengths = tuple(shots) if shots else (frames,)
+    if min(lengths) < 1 or min(height, width) < 16:
+        raise UserError(f"a scene of {lengths} frames at {height}x{width} cannot be made: at least 1 frame and 16 pixels")
+    rng = np.random.default_rng((_STREAM, seed, index))
+    made: list[Shot] = []
+    for length in lengths:
+        avoid = made[-1].background.wall if made else ""
+        made.append(_draw_shot(rng, length, height, width, split, mix or Mix(), avoid))
+    return Scene(seed, index, height, width, tuple(made))
+
+
+def sample_scenes(
+    seed: int,
+    n: int | Iterable[int],
+    *,
+    split: str = "train",
+    frames: int = 17,
+    height: int = 64,
+    width: int = 64,
+    mix: Mix | None = None,
+    shots: Sequence[int] | None = None,
+) -> list[Scene]:
+    """The first `n` scenes of a seed (or those with the given indices).
+
+    Args:
+      seed, n: scene i depends on (seed, i) and the settings below, so any process can make any scene.
+      split: "train" has no held-out combination of colour, shape and motion, "heldout" only scenes that have one.
+      frames, height, width: any size of at least 1 frame and 16 pixels; one frame is an image.
+      mix: how often each thing happens.
+      shots: lengths in frames of several shots with hard cuts between them, in place of `frames`.
+
+    Raises:
+      UserError: for an unknown split, or a size or mix that no scene fits.
+    """
+    indices = range(n) if isinstance(n, int) else n
+    return [
+        sample_scene(seed, i, split=split, frames=frames, height=height, width=width, mix=mix, shots=shots)
+        for i in indices
+    ]
