@@ -1,0 +1,240 @@
+"""Convolutions, norms and resampling that look only into the past: the parts of the causal video autoencoder.
+
+Every module with a memory is called as `module(x, past) -> (y, past)`. `past` is a pytree of the last frames the module
+has seen, or None at the start of a clip; the returned one is handed to the next call. A clip given whole, or given as
+its first frame and then in chunks, makes the same output, so training (all at once) and streaming share this code.
+
+At the start of a clip the modules that change the frame rate treat the first frame apart, which is why videos have
+1 + 2^n k frames: the first frame is neither merged with nor expanded into others (Wan, arXiv:2503.20314, section 4.1).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sora_jax.models import layers
+
+Past = Any  # None, an array [B, frames, H, W, C], or a tuple of pasts
+
+KERNEL_AXES = ("channels_in", "channels_out")
+
+
+def split_past(past: Past, count: int) -> tuple[Past, ...]:
+    """The pasts of `count` children; all None at the start of a clip."""
+    return (None,) * count if past is None else past
+
+
+def last_frames(x: Float[Array, "B T H W C"], past: Past, count: int) -> Float[Array, "B _ H W C"]:
+    """The last `count` frames seen so far; frames before the start of the clip are zero."""
+    if x.shape[1] >= count:
+        return x[:, x.shape[1] - count :]
+    if past is None:
+        return jnp.pad(x, ((0, 0), (count - x.shape[1], 0), (0, 0), (0, 0), (0, 0)))
+    return jnp.concatenate([past[:, x.shape[1] :], x], axis=1)
+
+
+# --- convolution ---------------------------------------------------------------------------------------------------
+
+
+def conv_3d(x: Float[Array, "B T H W C"], kernel: Float[Array, "kt kh kw C O"], lead: int) -> Float[Array, "B _ H W O"]:
+    """Causal convolution as one 3-D convolution; the first `lead` < kt frames of x are past, and make no output."""
+    kt, kh, kw = kernel.shape[:3]
+    pad = ((kt - 1 - lead, 0), (kh // 2, kh // 2), (kw // 2, kw // 2))
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1, 1), pad, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+
+
+def conv_2d_sum(
+    x: Float[Array, "B T H W C"], kernel: Float[Array, "kt kh kw C O"], lead: int
+) -> Float[Array, "B _ H W O"]:
+    """`conv_3d` as a sum over time taps of 2-D convolutions; taps that would read the zeros before a clip are left out.
+
+    XLA on the CPU runs this 2 to 4 times as fast as a 3-D convolution; on TPU the 3-D form is the fast one.
+    """
+    frames = x.shape[1] - lead
+    total: jax.Array | None = None
+    for back in range(kernel.shape[0]):  # the tap that reads `back` frames earlier
+        start, stop = max(lead - back, 0), lead - back + frames
+        if stop <= 0:
+            continue
+        y = conv_frames(x[:, start:stop], kernel[kernel.shape[0] - 1 - back])
+        if y.shape[1] < frames:
+            y = jnp.pad(y, ((0, 0), (frames - y.shape[1], 0), (0, 0), (0, 0), (0, 0)))
+        total = y if total is None else total + y
+    assert total is not None  # back = 0 always reads the frame itself
+    return total
+
+
+def conv_frames(
+    x: Float[Array, "B T H W C"],
+    kernel: Float[Array, "kh kw C O"],
+    stride: int = 1,
+    padding: Any = "SAME",
+) -> Float[Array, "B T _ _ O"]:
+    """A 2-D convolution of every frame."""
+    y = jax.lax.conv_general_dilated(
+        x.reshape(-1, *x.shape[2:]), kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+def causal_conv(
+    x: Float[Array, "B T H W C"], kernel: Float[Array, "kt kh kw C O"], past: Past = None
+) -> Float[Array, "B T H W O"]:
+    """y[t] = sum over taps i of conv2d(x[t - (kt - 1) + i], kernel[i]), zero padded in space.
+
+    `past` [B, kt - 1, H, W, C] are the frames before x[0]; None means zeros. The form follows the platform the
+    computation is compiled for, not the one it is traced on.
+    """
+    lead = 0 if past is None else kernel.shape[0] - 1
+    frames = x if past is None else jnp.concatenate([past, x], axis=1)
+    return jax.lax.platform_dependent(
+        frames, kernel, cpu=partial(conv_2d_sum, lead=lead), default=partial(conv_3d, lead=lead)
+    )
+
+
+class CausalConv(nnx.Module):
+    """A kt x kh x kw convolution with bias over [B, T, H, W, C] that never reads a later frame."""
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        size: tuple[int, int, int] = (3, 3, 3),
+        *,
+        rngs: nnx.Rngs,
+        init: layers.Initializer = layers.lecun_normal,
+    ):
+        self.kernel = layers.param(rngs, init, (*size, n_in, n_out), (None, None, None, *KERNEL_AXES))
+        self.bias = layers.param(rngs, layers.zeros, (n_out,), KERNEL_AXES[1:])
+
+    def __call__(self, x: Float[Array, "B T H W C"], past: Past = None) -> tuple[Float[Array, "B T H W O"], Past]:
+        y = causal_conv(x, self.kernel[...].astype(x.dtype), past) + self.bias[...].astype(x.dtype)
+        return y, last_frames(x, past, self.kernel.shape[0] - 1)
+
+
+class FrameConv(nnx.Module):
+    """A 3 x 3 convolution with bias of every frame by itself."""
+
+    def __init__(self, n_in: int, n_out: int, *, stride: int = 1, rngs: nnx.Rngs):
+        self.kernel = layers.param(rngs, layers.lecun_normal, (3, 3, n_in, n_out), (None, None, *KERNEL_AXES))
+        self.bias = layers.param(rngs, layers.zeros, (n_out,), KERNEL_AXES[1:])
+        self.stride = stride
+
+    def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T _ _ O"]:
+        # A strided convolution pads below and to the right only, as the open weights were trained.
+        pad = "SAME" if self.stride == 1 else ((0, 1), (0, 1))
+        return conv_frames(x, self.kernel[...].astype(x.dtype), self.stride, pad) + self.bias[...].astype(x.dtype)
+
+
+class TimeConv(nnx.Module):
+    """Three taps along time and none in space, as one matrix product over [..., 3 C]; no padding: T frames make
+    (T - 3) // stride + 1."""
+
+    def __init__(self, n_in: int, n_out: int, *, stride: int = 1, rngs: nnx.Rngs):
+        self.kernel = layers.param(rngs, layers.lecun_normal, (3, n_in, n_out), (None, *KERNEL_AXES))
+        self.bias = layers.param(rngs, layers.zeros, (n_out,), KERNEL_AXES[1:])
+        self.stride = stride
+
+    def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B _ H W O"]:
+        last = x.shape[1] - 2
+        taps = jnp.concatenate([x[:, i : last + i : self.stride] for i in range(3)], axis=-1)
+        kernel = rearrange(self.kernel[...], "tap c o -> (tap c) o")
+        return taps @ kernel.astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+# --- norm ----------------------------------------------------------------------------------------------------------
+
+
+class ChannelNorm(nnx.Module):
+    """x / |x| * sqrt(C) * scale over the channels, in float32: an RMS norm whose floor is on |x| (1e-12), not added to
+    the mean square, as the open weights were trained."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.scale = layers.param(rngs, layers.ones, (width,), KERNEL_AXES[:1])
+
+    def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
+        wide = x.astype(jnp.float32)
+        square = jnp.maximum(jnp.sum(wide * wide, axis=-1, keepdims=True), 1e-24)
+        return (wide * (jax.lax.rsqrt(square) * math.sqrt(x.shape[-1])) * self.scale[...]).astype(x.dtype)
+
+
+# --- resampling ----------------------------------------------------------------------------------------------------
+
+
+class Downsample(nnx.Module):
+    """Halve height and width, and with `time` the frame rate: 1 + 2n frames make 1 + n (a later chunk: 2n make n)."""
+
+    def __init__(self, width: int, *, time: bool, rngs: nnx.Rngs):
+        self.space_conv = FrameConv(width, width, stride=2, rngs=rngs)
+        self.time_conv = TimeConv(width, width, stride=2, rngs=rngs) if time else None
+
+    def __call__(self, x: Float[Array, "B T H W C"], past: Past = None) -> tuple[Float[Array, "B _ _ _ C"], Past]:
+        x = self.space_conv(x)
+        if self.time_conv is None:
+            return x, ()
+        if past is not None:
+            y = self.time_conv(jnp.concatenate([past, x], axis=1))
+        elif x.shape[1] == 1:
+            y = x
+        else:
+            y = jnp.concatenate([x[:, :1], self.time_conv(x)], axis=1)
+        return y, x[:, -1:]
+
+
+class Upsample(nnx.Module):
+    """Double height and width, and with `time` the frame rate: 1 + n frames make 1 + 2n (a later chunk: n make 2n).
+
+    The first frame of a clip neither passes the time convolution nor enters its memory.
+    """
+
+    def __init__(self, n_in: int, n_out: int, *, time: bool, rngs: nnx.Rngs):
+        self.space_conv = FrameConv(n_in, n_out, rngs=rngs)
+        self.time_conv = TimeConv(n_in, 2 * n_in, rngs=rngs) if time else None
+
+    def __call__(self, x: Float[Array, "B T H W C"], past: Past = None) -> tuple[Float[Array, "B _ _ _ O"], Past]:
+        new_past: Past = ()
+        if self.time_conv is not None:
+            first, rest = (x[:, :1], x[:, 1:]) if past is None else (x[:, :0], x)
+            if past is None:
+                past = jnp.zeros_like(x, shape=(x.shape[0], 2, *x.shape[2:]))
+            new_past = last_frames(rest, past, 2)
+            if rest.shape[1]:
+                doubled = self.time_conv(jnp.concatenate([past, rest], axis=1))
+                doubled = rearrange(doubled, "b t h w (two c) -> b (t two) h w c", two=2)
+                x = jnp.concatenate([first, doubled], axis=1)
+        x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
+        return self.space_conv(x), new_past
+
+
+def average_down(
+    x: Float[Array, "B T H W C"], n_out: int, time: int, space: int, *, first: bool
+) -> Float[Array, "B _ _ _ O"]:
+    """Fold windows of time x space x space pixels into channels, then average neighbouring channels to `n_out`.
+
+    At the start of a clip (`first`) zero frames are put in front, so that the first frame shares its window with zeros.
+    No parameters; the shortcut of the 2.2 autoencoder's encoder.
+    """
+    if first and x.shape[1] % time:
+        x = jnp.pad(x, ((0, 0), (time - x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
+    x = rearrange(x, "b (t ft) (h fh) (w fw) c -> b t h w (c ft fh fw)", ft=time, fh=space, fw=space)
+    return jnp.mean(x.reshape(*x.shape[:-1], n_out, -1), axis=-1)
+
+
+def duplicate_up(
+    x: Float[Array, "B T H W C"], n_out: int, time: int, space: int, *, first: bool
+) -> Float[Array, "B _ _ _ O"]:
+    """Repeat channels, then unfold them into windows of time x space x space pixels with `n_out` channels.
+
+    At the start of a clip (`first`) only the last frame of the first window is kept. The shortcut of the 2.2 decoder.
+    """
+    x = jnp.repeat(x, n_out * time * space * space // x.shape[-1], axis=-1)
+    x = rearrange(x, "b t h w (c ft fh fw) -> b (t ft) (h fh) (w fw) c", ft=time, fh=space, fw=space)
+    return x[:, time - 1 :] if first else x
