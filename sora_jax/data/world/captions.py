@@ -128,10 +128,10 @@ def _article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-def _noun(rng: np.random.Generator, thing: WorldObject, size: bool = True) -> str:
-    """ "small red ball", without an article."""
+def _noun(rng: np.random.Generator, thing: WorldObject, terse: bool = False) -> str:
+    """ "small red ball", without an article; `terse` leaves the size out, as does a size that changes."""
     changes = thing.motion in ("grow", "shrink")
-    word = "" if changes or not size else _one(rng, _SIZE_WORDS[thing.size])
+    word = "" if changes or terse else _one(rng, _SIZE_WORDS[thing.size])
     return _join(word, thing.color, _one(rng, _SHAPE_WORDS[thing.shape]))
 
 
@@ -140,19 +140,25 @@ def _twins(objects: Sequence[WorldObject]) -> bool:
     return len(objects) == 2 and len({(o.shape, o.color, o.size, o.motion) for o in objects}) == 1
 
 
-def _subject(rng: np.random.Generator, objects: Sequence[WorldObject]) -> str:
+def _subject(rng: np.random.Generator, objects: Sequence[WorldObject], terse: bool = False) -> str:
     if _twins(objects):
-        return f"two {_noun(rng, objects[0])}s"
-    return " and ".join(_article(_noun(rng, thing)) for thing in objects)
+        return f"two {_noun(rng, objects[0], terse)}s"
+    return " and ".join(_article(_noun(rng, thing, terse)) for thing in objects)
 
 
 def _predicate(
-    rng: np.random.Generator, thing: WorldObject, plural: bool, floor: bool, direction: bool, form: str
+    rng: np.random.Generator,
+    thing: WorldObject,
+    plural: bool,
+    floor: bool,
+    direction: bool,
+    form: str,
+    terse: bool = False,
 ) -> str:
     """ "slides to the right"; `form` is "plain", "ing" or "is" (is sliding)."""
     verbs = _VERBS[thing.motion]
-    verb = verbs[int(rng.integers(len(verbs)))]
-    if thing.motion == "slide" and floor and thing.shape == "ball" and rng.random() < 0.4:
+    verb = verbs[0 if terse else int(rng.integers(len(verbs)))]
+    if thing.motion == "slide" and not terse and floor and thing.shape == "ball" and rng.random() < 0.4:
         verb = _ROLL
     said = {
         "plain": verb.many if plural else verb.one,
@@ -161,7 +167,8 @@ def _predicate(
     }[form]
     how = ""
     if thing.motion in ("slide", "bounce") and direction and thing.direction:
-        how = _one(rng, _TOWARDS[thing.direction][: 4 if thing.motion == "slide" else 3])
+        ways = _TOWARDS[thing.direction]
+        how = thing.direction if terse else _one(rng, ways if thing.motion == "slide" else ways[:3])
     elif thing.motion == "orbit" and direction:
         how = thing.direction
     elif thing.motion == "enter":
@@ -199,8 +206,8 @@ def _wall(rng: np.random.Generator, shot: Shot) -> str:
     return _one(rng, (f"in front of {wall}", f"in front of {wall}", f"with {wall} behind"))
 
 
-def _event_core(rng: np.random.Generator, shot: Shot, form: str, direction: bool) -> str:
-    """Who does what, without the place."""
+def _event_core(rng: np.random.Generator, shot: Shot, form: str, direction: bool, terse: bool = False) -> str:
+    """Who does what, without the place; `terse` in the fewest words."""
     objects, floor = shot.objects, shot.background.kind == "floor"
     first = objects[0]
     if shot.kind == "pan":
@@ -225,10 +232,11 @@ def _event_core(rng: np.random.Generator, shot: Shot, form: str, direction: bool
         )
     if len({(thing.motion, thing.direction) for thing in objects}) == 1:
         plural = len(objects) > 1
-        return _join(_subject(rng, objects), _predicate(rng, first, plural, floor, direction, form))
-    link = _one(rng, (" and ", " while "))
+        return _join(_subject(rng, objects, terse), _predicate(rng, first, plural, floor, direction, form, terse))
+    link = " and " if terse else _one(rng, (" and ", " while "))
     return link.join(
-        _join(_article(_noun(rng, thing)), _predicate(rng, thing, False, floor, direction, "plain")) for thing in objects
+        _join(_article(_noun(rng, thing, terse)), _predicate(rng, thing, False, floor, direction, "plain", terse))
+        for thing in objects
     )
 
 
@@ -252,16 +260,13 @@ def short_caption(shot: Shot, rng: np.random.Generator) -> Said:
     """One short sentence (<= 64 bytes), and what it says."""
     floor = shot.background.kind == "floor"
     place = bool(rng.random() < (0.85 if floor else 0.6))
-    optional = bool(rng.random() < 0.5)
-    for attempt in range(30):
-        if attempt == 14:
-            place = False
-        # Slides, entries and exits always say where to; drifts and turns only sometimes
-        always = all(thing.motion in ("slide", "enter", "exit", "rest", "grow", "shrink") for thing in shot.objects)
-        direction = (optional and attempt < 20) or (always and shot.kind in ("single", "pair"))
-        if not direction and shot.kind == "pair":
-            direction = any(thing.motion == "slide" for thing in shot.objects)
-        core = _event_core(rng, shot, _form(rng), direction)
+    # Slides in one of eight directions always say which, unless there is no room; drifts and turns only sometimes
+    slides = shot.kind in ("single", "pair") and any(thing.motion == "slide" for thing in shot.objects)
+    direction = bool(rng.random() < 0.5) or slides
+    for attempt in range(24):  # each third of the tries gives up a little more
+        place, terse = place and attempt < 8, attempt >= 16
+        direction = direction and attempt < 23
+        core = _event_core(rng, shot, "plain" if terse else _form(rng), direction, terse)
         where = _place(rng, shot, onto=shot.objects[0].motion == "fall") if place else ""
         text = _assemble(rng, core, where)
         if len(text) <= SHORT_BYTES:
@@ -288,12 +293,12 @@ def _detail(rng: np.random.Generator, shot: Shot) -> str:
         return ""
     details: dict[str, tuple[str, ...]] = {
         "slide": ("at a steady speed", "in a straight line", ""),
-        "bounce": ("lower each time", "losing height with every bounce", "higher and then lower"[:0]),
+        "bounce": ("lower each time", "losing height with every bounce", ""),
         "fall": ("and stays there", "and comes to rest", "faster and faster"),
         "orbit": ("around a small dot", "on a round path", ""),
         "grow": ("steadily", "slowly", "in one place"),
         "shrink": ("steadily", "slowly", "in one place"),
-        "rest": ("the whole time", "without moving" if rng.random() < 0 else "", ""),
+        "rest": ("the whole time", ""),
         "enter": ("and moves across the frame", ""),
         "exit": ("until it is gone", ""),
     }
@@ -323,22 +328,18 @@ def _image_captions(shot: Shot, rng: np.random.Generator, frame: int) -> Caption
     """What can be seen in one frame: which things, how many, on what."""
     seen = [thing for thing in shot.objects if thing.visibility[frame] >= 0.4]
 
-    def say(dense: bool) -> str:
-        place = _place(rng, shot)
+    def say(dense: bool, attempt: int) -> str:
+        where = _place(rng, shot) if dense or attempt < 8 else ""
         behind = _wall(rng, shot) if dense else ""
-        if not seen:
-            what = "nothing"
-        else:
-            what = _subject(rng, seen)
+        what = _subject(rng, seen, terse=attempt >= 16) if seen else "nothing"
         if dense and shot.occluder is not None:
-            bar = f"a {shot.occluder.color} wall"
-            place = f"and {bar} {place}" if seen else f"but {bar} {place}"
+            what = f"{what} and a {shot.occluder.color} wall"
         if dense and rng.random() < 0.3:
             what = _one(rng, ("a picture of ", "an image of ")) + what
-        return _join(what, place, behind)
+        return _join(what, where, behind)
 
-    short = next(text for text in (say(False) for _ in range(200)) if len(text) <= SHORT_BYTES)
-    dense = next(text for text in (say(True) for _ in range(200)) if len(text) <= DENSE_BYTES)
+    short = next(text for text in (say(False, n) for n in range(24)) if len(text) <= SHORT_BYTES)
+    dense = next(text for text in (say(True, n) for n in range(24)) if len(text) <= DENSE_BYTES)
     return Captions(short, dense)
 
 
