@@ -1,0 +1,82 @@
+"""The world model: 64x64 videos of 17 frames at 8 fps, and images, from text; the diffusion stage.
+
+Source: the forms of Wan (arXiv:2503.20314) at 1/400 of its size, trained on the procedural world (sora_jax/data/world).
+
+    sora-jax train --config world --workdir runs/world
+
+One clip is 80 tokens of 4x4 latents in 5 latent frames; an image is 16 tokens, and several share a row.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+
+    config.transformer = {
+        "n_layers": 8,
+        "n_heads": 6,
+        "head_dim": 32,
+        "ffn_dim": 768,
+        "in_channels": 32,
+        "out_channels": 32,
+        "patch": (1, 1, 1),
+        "text_dim": 128,
+    }
+    config.text_encoder = {
+        "vocab_size": 384,
+        "d_model": 128,
+        "d_kv": 32,
+        "d_ff": 256,
+        "num_layers": 3,
+        "num_heads": 4,
+    }
+    config.data = {
+        "source": "world",
+        "frames": 17,
+        "height": 64,
+        "width": 64,
+        "fps": 8.0,
+        "image_share": 0.3,
+        "caption_dropout": 0.1,
+        "row_tokens": 80,
+        "row_text": 160,
+        "groups": 5,
+    }
+    config.optimizer = {
+        "name": "muon",
+        "learning_rate": 2e-3,
+        "adam_learning_rate": 1e-3,
+        "schedule": "cosine",
+        "warmup_steps": 200,
+        "final_fraction": 0.05,
+        "weight_decay": 0.01,
+        "clip_norm": 1.0,
+    }
+    config.train = {
+        "stage": "diffusion",
+        "steps": 12_000,
+        "batch_size": 64,
+        "ema": 0.999,
+        "log_every": 20,
+        "validate_every": 500,
+        "sample_every": 1000,
+        "checkpoint_every": 500,
+    }
+    config.sample = {
+        "steps": 30,
+        "guidance": 4.0,
+        "shift": 1.0,
+        "solver": "unipc",
+        "frames": 17,
+        "height": 64,
+        "width": 64,
+        "fps": 8.0,
+        "prompts": (
+            "a red ball bounces on a blue floor",
+            "a green square slides to the right",
+            "a yellow triangle falls",
+            "a small purple circle grows",
+        ),
+    }
+    return config

@@ -1,0 +1,358 @@
+"""Configs: Python files that become one frozen tree of dataclasses.
+
+A config file defines `get_config()` and returns an `ml_collections.ConfigDict` with (some of) the sections of `Config`;
+what it leaves out keeps its default. It is found by name (`world`) among the configs that ship with the package, or by path.
+Single values are then set by dotted key, `train.steps=1000`, and take the type of what they replace.
+
+    config = load_config("world", ["train.steps=1000", "optimizer.name=adamw"])
+
+Anything that does not fit is a `UserError` of one line: an unknown key names the nearest known one, a wrong type names
+what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from etils import epath
+
+from sora_jax.diffusion.levels import LevelsConfig
+from sora_jax.errors import UserError, nearest
+from sora_jax.models.autoencoder import AutoencoderConfig
+from sora_jax.models.text_encoder import TextEncoderConfig
+from sora_jax.models.transformer import TransformerConfig
+from sora_jax.training.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on. Sizes are in pixels and frames of the clips; rows are what the transformer sees at once."""
+
+    source: str = "world"  # "world" (rendered on the fly), or the path or URL of a folder of videos
+    latents: str = ""  # latent cache for the diffusion stage; "" = WORKDIR/latents, made on the first run
+    autoencoder: str = "world"  # the model whose autoencoder makes the latents, and the videos of sample grids
+    clips: int = 100_000  # how many clips of the world one epoch has
+    held_out: int = 256  # clips kept for validation
+    frames: int = 17
+    height: int = 64
+    width: int = 64
+    fps: float = 8.0
+    image_share: float = 0.3  # of the clips, cut to one frame
+    caption_dropout: float = 0.1  # of the clips, with the empty prompt, for classifier-free guidance
+    row_tokens: int = 80  # N: tokens in a row
+    row_text: int = 160  # L: text tokens in a row
+    groups: int = 5  # G: noise levels in a row
+    workers: int = 0  # loader processes; 0 = threads of this one
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Length of each mesh axis; one may be -1 and takes the devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run. Intervals are in steps, 0 = never."""
+
+    stage: Literal["autoencoder", "diffusion"] = "diffusion"
+    steps: int = 10_000
+    batch_size: int = 64  # B: rows a step in the diffusion stage, clips a step in the autoencoder stage
+    seed: int = 0
+    init: str = ""  # a model to start from: a shipped name, a folder or URL, or another workdir
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; parameters are float32
+    ema: float = 0.999  # decay of the averaged parameters
+    log_every: int = 50
+    validate_every: int = 1000
+    sample_every: int = 2000
+    checkpoint_every: int = 1000
+    keep: int = 3  # newest checkpoints to keep
+    max_skipped: int = 8  # steps in a row with gradients that are not finite, before the run stops
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "keep", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} must be >= 1, not {getattr(self, name)}")
+        for name in ("log_every", "validate_every", "sample_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name} must be >= 0 (0 = never), not {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"train.ema must be in [0, 1), not {self.ema}")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How videos are sampled when nothing else is said; sample grids in training use it too."""
+
+    steps: int = 30
+    guidance: float = 4.0
+    shift: float = 1.0
+    solver: Literal["euler", "heun", "unipc"] = "unipc"
+    frames: int = 17
+    height: int = 64
+    width: int = 64
+    fps: float = 8.0
+    prompts: tuple[str, ...] = ("a red ball bounces on a blue floor",)  # of the sample grid
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is made of."""
+
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    levels: LevelsConfig = field(default_factory=LevelsConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+# What may differ between a run and its continuation: how long, how often, on which devices, and what is only shown.
+FREE_ON_RESUME = (
+    "train.steps",
+    "train.log_every",
+    "train.validate_every",
+    "train.sample_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.max_skipped",
+    "train.mesh.",
+    "sample.",
+)
+
+
+# ------------------------------------------------------------------------------------------------------ find and load
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The files of the configs that come with the package, by name: inside it in a wheel, beside it in a checkout."""
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.py"))}
+    return {}
+
+
+def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
+    """The config of that name or file, with `overrides` ("train.steps=1000") applied in order."""
+    return override(from_dict(_read_file(_find(name_or_path))), overrides)
+
+
+def _find(name_or_path: str) -> epath.Path:
+    known = shipped_configs()
+    if name_or_path in known:
+        return epath.Path(known[name_or_path])
+    path = epath.Path(name_or_path)
+    if name_or_path.endswith(".py") and path.exists():
+        return path
+    if name_or_path.endswith(".py") or "/" in name_or_path:
+        raise UserError(
+            f"config {name_or_path} is not there: give the path of a .py file, or one of {', '.join(known)}"
+        )
+    raise UserError(f'unknown config "{name_or_path}": {nearest(name_or_path, known)}, or the path of a .py file')
+
+
+def _read_file(path: epath.Path) -> dict[str, Any]:
+    namespace: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
+    try:
+        exec(compile(path.read_text(), str(path), "exec", dont_inherit=True), namespace)
+        values = namespace["get_config"]().to_dict()
+    except KeyError as error:
+        if error.args != ("get_config",):
+            raise UserError(f"config {path} cannot be read: {error!r}") from error
+        raise UserError(f"config {path} defines no get_config()") from None
+    except Exception as error:
+        raise UserError(f"config {path} cannot be read: {type(error).__name__}: {error}") from error
+    return values
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The config with these (nested) values, defaults elsewhere; checks every key and type."""
+    return _build(Config, values, "")
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with each "dotted.key=value" set; a value is read as the type of what it replaces."""
+    values = to_dict(config)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"override {text!r} has no value: write {key}=VALUE")
+        hint = _hint(key)
+        section = values
+        *parents, last = key.split(".")
+        for name in parents:
+            section = section[name]
+        section[last] = _parse(value, hint, key)
+    return from_dict(values)
+
+
+# -------------------------------------------------------------------------------------------------------- to and from
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested dicts of plain values; `from_dict` gives the config back."""
+    return dataclasses.asdict(config)
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    return from_dict(json.loads(text))
+
+
+def difference(old: Config, new: Config, free: Sequence[str] = ()) -> list[str]:
+    """One line for each value that differs, "key: old -> new", except for keys that start with one of `free`."""
+    before, after = dict(_leaves(to_dict(old))), dict(_leaves(to_dict(new)))
+    return [
+        f"{key}: {before[key]!r} -> {after[key]!r}"
+        for key in before
+        if before[key] != after[key] and not key.startswith(tuple(free))
+    ]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+# ------------------------------------------------------------------------------------------------------ keys and types
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def _known_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    keys = []
+    for name, hint in _hints(cls).items():
+        keys += _known_keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
+    return keys
+
+
+def _unknown(key: str) -> UserError:
+    known = _known_keys()
+    # Rank by the whole key, and list its own section only: all keys together are a wall of text.
+    hint = nearest(key, known).split(" (known:")[0]
+    if hint.startswith("known:"):
+        section = key.rpartition(".")[0]
+        siblings = [k for k in known if k.startswith(section + ".")] or [f.name for f in dataclasses.fields(Config)]
+        hint = "known: " + ", ".join(siblings)
+    return UserError(f'unknown config key "{key}": {hint}')
+
+
+def _hint(key: str) -> Any:
+    """The type of the value at a dotted key."""
+    cls: Any = Config
+    for name in key.split("."):
+        hints = _hints(cls) if dataclasses.is_dataclass(cls) else {}
+        if name not in hints:
+            raise _unknown(key)
+        cls = hints[name]
+    if dataclasses.is_dataclass(cls):
+        raise UserError(f'config key "{key}" is a section: set one of {", ".join(_known_keys(cls, key + "."))}')
+    return cls
+
+
+def _build(cls: Any, values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise UserError(f'config key "{prefix[:-1]}" is a section, not a value: {values!r}')
+    hints = _hints(cls)
+    for name in values:
+        if name not in hints:
+            raise _unknown(prefix + name)
+    return cls(**{name: _check(value, hints[name], prefix + name) for name, value in values.items()})
+
+
+def _check(value: Any, hint: Any, key: str) -> Any:
+    """`value` as the type `hint`, where nothing is lost by it; else a `UserError`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, key + ".")
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _check(value, next(a for a in args if a is not type(None)), key)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise UserError(f'config key "{key}" cannot be {value!r}: {nearest(str(value), map(str, args))}')
+    if origin is tuple and isinstance(value, (tuple, list)):
+        inner = args[:1] * len(value) if args[1:] == (...,) else args
+        if len(inner) == len(value):
+            return tuple(_check(v, h, key) for v, h in zip(value, inner, strict=True))
+    elif _is_named_tuple(hint) and isinstance(value, (tuple, list)):
+        fields = typing.get_type_hints(hint)
+        if len(value) == len(fields):
+            return hint(*(_check(v, h, key) for v, h in zip(value, fields.values(), strict=True)))
+    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UserError(f'config key "{key}" takes {_describe(hint)}, not {value!r} ({type(value).__name__})')
+
+
+def _parse(text: str, hint: Any, key: str) -> Any:
+    """The value that `text` from the command line stands for, as the type `hint`."""
+    args = typing.get_args(hint)
+    if hint is str:
+        return text
+    if hint is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if typing.get_origin(hint) is Literal and all(isinstance(a, str) for a in args):
+        return _check(text, hint, key)
+    if text.lower() == "none" and type(None) in args:
+        return None
+    if type(None) in args and str in args:
+        return text
+    if hint is float:
+        try:
+            return float(text)
+        except ValueError:
+            raise UserError(f'config key "{key}" takes {_describe(hint)}, not {text!r}') from None
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise UserError(f'config key "{key}" takes {_describe(hint)}, not {text!r}') from None
+    if typing.get_origin(hint) is tuple and not isinstance(value, (tuple, list)):
+        value = (value,)
+    return _check(value, hint, key)
+
+
+def _is_named_tuple(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields")
+
+
+def _describe(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("None" if a is type(None) else _describe(a) for a in args)
+    if _is_named_tuple(hint):
+        return f"({', '.join(hint._fields)})"
+    if origin is tuple:
+        return f"a tuple of {_describe(args[0])}" if args[1:] == (...,) else f"({', '.join(map(_describe, args))})"
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+    return names.get(hint) or str(hint)

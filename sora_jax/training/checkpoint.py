@@ -1,0 +1,243 @@
+"""Checkpoints that can be trusted: written in the background, whole or not at all, and checked before they are used.
+
+One folder a step, written by Orbax; beside Orbax's files lies `sha256.json`, the SHA-256 of each of them. It is written
+before the folder gets its final name, so that no committed step is without one. Orbax itself does not notice a flipped
+bit and does not look past a broken newest step; `Checkpoints.restore` does both, and says what it left aside.
+
+    checkpoints/1000/state/...      every array of the TrainState, by its dotted name
+    checkpoints/1000/notes/...      JSON: the config, the place of the data loader
+    checkpoints/1000/sha256.json
+
+Arrays come back bit for bit, on any mesh.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from sora_jax.errors import UserError
+
+MANIFEST = "sha256.json"
+# Orbax writes the time of the commit into this one after everything else.
+_UNHASHED = frozenset({MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"})
+
+
+class Restored(NamedTuple):
+    step: int
+    state: Any  # a tree like the one asked for
+    notes: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one folder (a path or a URL). `say` gets one line for each thing worth knowing."""
+
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        *,
+        keep: int | None = None,
+        read_only: bool = False,
+        say: Callable[[str], None] = logging.getLogger(__name__).warning,
+    ):
+        self.folder = epath.Path(folder)
+        self._say = say
+        self._saving: int | None = None
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            item_names=("state", "notes"),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                create=not read_only,
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,  # what a killed run left half-written
+                enable_async_checkpointing=not read_only,
+                async_options=None if read_only else ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+            ),
+        )
+
+    # ------------------------------------------------------------------------------------------------------------ save
+
+    def save(self, step: int, state: Any, notes: Mapping[str, Any]) -> None:
+        """Start to write `state` and the JSON-able `notes` as `step`; returns once the arrays may be overwritten.
+
+        A failure in the background (a full disk, say) raises here at the next save, or in `wait`.
+        """
+        self.wait()
+        self._saving = step
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.PyTreeSave(_by_name(state)), notes=ocp.args.JsonSave(dict(notes))),
+            force=True,
+        )
+
+    def _write_manifest(self) -> None:
+        """Runs in Orbax's background thread on the first process, after all data is written, before the commit."""
+        # On object stores the folder has its final name from the start.
+        unfinished = list(self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
+        folder = unfinished[0] if unfinished else self.folder / str(self._saving)
+        (folder / MANIFEST).write_text(json.dumps(_hashes(folder), indent=1))
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises what went wrong in the background.
+
+        Orbax would go on to name a step whose commit failed as its newest.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except BaseException:
+            self._manager.reload()
+            raise
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    def reached_preemption(self, step: int) -> bool:
+        """True on all processes at the same step after any of them was told to stop (jax.distributed runs only)."""
+        return self._manager.reached_preemption(step)
+
+    # --------------------------------------------------------------------------------------------------------- restore
+
+    def steps(self) -> list[int]:
+        """Committed steps, oldest first."""
+        self._manager.reload()
+        return sorted(self._manager.all_steps())
+
+    def notes(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))["notes"]
+
+    def newest_good(self) -> int | None:
+        """The newest step whose files are what they were when they were written; says which newer ones are not.
+
+        None when the folder has no checkpoint. Raises `UserError` when there are some and none is good.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            if not (fault := self._fault(step)):
+                return step
+            self._say(f"checkpoint {step} is damaged ({fault}); going back to the one before")
+        if steps:
+            raise UserError(f"every checkpoint in {self.folder} is damaged (steps {', '.join(map(str, steps))})")
+        return None
+
+    def restore(self, like: Any, *, part: str = "") -> Restored | None:
+        """The newest good step as a tree like `like`, whose leaves give shape, dtype and (if any) sharding.
+
+        `part` names the branch of the saved state that `like` is: `restore(params, part="ema")` reads nothing else.
+        None when there is no checkpoint. Raises `UserError`, naming the array, when the saved arrays are not those of
+        `like` (Orbax would cast a wrong dtype in silence).
+        """
+        step = self.newest_good()
+        if step is None:
+            return None
+        wanted = _by_name(like, part)
+        saved = self._manager.item_metadata(step)["state"]
+        # Orbax has wrapped this tree in different classes over time; each can be indexed by key.
+        saved = {name: saved[name] for name in saved}
+        _check_arrays(step, wanted, {name: meta for name, meta in saved.items() if name.startswith(part)})
+        arguments = jax.tree.map(
+            lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype, strict=True), wanted
+        )
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=bool(part)),
+                notes=ocp.args.JsonRestore(),
+            ),
+        )
+        return Restored(step, _from_names(restored["state"], like, part), restored["notes"])
+
+    def _fault(self, step: int) -> str:
+        """What is wrong with the files of a step; empty when nothing is."""
+        folder = self.folder / str(step)
+        try:
+            expected = json.loads((folder / MANIFEST).read_text())
+            found = _hashes(folder)
+        except (OSError, ValueError) as error:
+            return f"its {MANIFEST} cannot be read: {type(error).__name__}"
+        for name in sorted(expected.keys() | found.keys()):
+            if name not in found:
+                return f"{name} is missing"
+            if found[name] != expected.get(name):
+                return f"{name} has changed"
+        return ""
+
+
+def _hashes(folder: epath.Path) -> dict[str, str]:
+    """SHA-256 of each file under `folder`, by its relative path."""
+    hashes = {}
+    pending = [folder]
+    while pending:
+        for path in pending.pop().iterdir():
+            if path.is_dir():
+                pending.append(path)
+            elif path.name not in _UNHASHED:
+                with path.open("rb") as file:
+                    digest = hashlib.sha256()
+                    while block := file.read(1 << 22):
+                        digest.update(block)
+                hashes[str(path.relative_to(folder))] = digest.hexdigest()
+    return hashes
+
+
+# ------------------------------------------------------------------------------------------------------- trees <-> names
+
+
+def _by_name(tree: Any, part: str = "") -> dict[str, Any]:
+    """Arrays (or their shapes) by dotted name; random keys as the uint32 words they are made of."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_name(path, part): _words(leaf) for path, leaf in flat}
+
+
+def _from_names(arrays: Mapping[str, Any], like: Any, part: str) -> Any:
+    def take(path: tuple[Any, ...], leaf: Any) -> Any:
+        array = arrays[_name(path, part)]
+        return jax.random.wrap_key_data(array, impl=_key_impl(leaf)) if _is_key(leaf) else array
+
+    return jax.tree_util.tree_map_with_path(take, like)
+
+
+def _name(path: tuple[Any, ...], part: str) -> str:
+    name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    return f"{part}.{name}" if part else name
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_impl(leaf: Any) -> Any:
+    """The implementation of a random key that may be a shape only."""
+    found: list[Any] = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), leaf)
+    return found[0]
+
+
+def _words(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array):
+        return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    words = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=leaf.sharding)
+
+
+def _check_arrays(step: int, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    for name in sorted(wanted.keys() | saved.keys()):
+        if name not in saved:
+            raise UserError(f"checkpoint {step} lacks the array {name}: it was made by another config or version")
+        if name not in wanted:
+            raise UserError(f"checkpoint {step} has the array {name}, which this config does not make")
+        for what in ("shape", "dtype"):
+            there, here = getattr(saved[name], what), getattr(wanted[name], what)
+            if (tuple(there) != tuple(here)) if what == "shape" else (np.dtype(there) != np.dtype(here)):
+                raise UserError(f"checkpoint {step}: {name} has {what} {there}, and this config makes {here}")
