@@ -31,6 +31,31 @@ def param(rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: tuple
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
 
 
+@jax.custom_vjp
+def matmul(x: Float[Array, "*batch n_in"], kernel: Float[Array, "n_in n_out"]) -> Float[Array, "*batch n_out"]:
+    """x @ kernel, with its gradient written out.
+
+    JAX derives d kernel as a transposed product, (dy^T x)^T, for which XLA's CPU compiler copies dy and leaves its fast
+    kernels: a factor of 2.7 in the gradient of one product of 5120 x 192 x 768. The same product the other way round,
+    x^T dy, is fast everywhere.
+    """
+    return x @ kernel
+
+
+def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _matmul_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    rows, d_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    d_kernel = jax.lax.dot_general(rows, d_rows, (((0,), (0,)), ((), ())))
+    return dy @ kernel.T, d_kernel
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 class Linear(nnx.Module):
     """y = x W + b over the last axis, W `[in, out]`."""
 
@@ -48,7 +73,7 @@ class Linear(nnx.Module):
         self.bias = param(rngs, zeros, (n_out,), axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = matmul(x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

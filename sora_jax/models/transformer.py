@@ -1,0 +1,236 @@
+"""The spacetime-patch diffusion transformer, in the form of Wan (arXiv:2503.20314, section 4.2).
+
+    tokens ── patch_embed ──► x ──► n_layers x [ self-attention · text cross-attention · MLP ] ──► head ──► velocity
+    levels ── sinusoid, MLP ─► 6 rows of modulation per noise-level group (adaLN, Peebles & Xie 2023, arXiv:2212.09748)
+    text ──── MLP ───────────► keys and values of the cross-attention
+
+What the family fixes: RMSNorm of queries and keys over the full width (not per head), LayerNorm without parameters before
+self-attention and MLP and with parameters before cross-attention, a learned modulation table per block that is added to one
+projection of the level, and biases everywhere. Norms, softmax, rotation and modulation are float32 at any compute dtype.
+
+Every token has its own noise level, but rows have few distinct ones: modulation is computed per group `[B, G, 6, D]` and
+spread to tokens inside the block, piece by piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sora_jax.diffusion.flow import spread
+from sora_jax.errors import UserError, nearest
+from sora_jax.models.attention import attention
+from sora_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    layer_norm,
+    normal,
+    param,
+    stack_layers,
+    zeros,
+)
+from sora_jax.models.rope import Rotation, rotate, rotation
+from sora_jax.shapes import Condition, Stride
+from sora_jax.sharding import constrain
+
+REMAT: Mapping[str, Callable[..., Any] | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of the transformer; the defaults are Wan 2.1 1.3B."""
+
+    n_layers: int = 30
+    n_heads: int = 12
+    head_dim: int = 128
+    ffn_dim: int = 8960
+    in_channels: int = 16  # of the latents (and `extra_channels`) before patchify
+    out_channels: int = 16
+    patch: Stride = Stride(1, 2, 2)
+    text_dim: int = 4096  # width of the text encoder's output
+    frequency_dim: int = 256  # of the level's sinusoidal embedding
+    max_positions: int = 1024  # per axis
+    eps: float = 1e-6
+    remat: str = "none"  # what the backward pass recomputes: one of REMAT
+
+    def __post_init__(self) -> None:
+        if self.head_dim % 2 or self.head_dim < 6:
+            raise UserError(f"head_dim {self.head_dim} cannot be made: it must be even and at least 6")
+        if self.remat not in REMAT:
+            raise UserError(f"unknown remat policy {self.remat!r}: {nearest(self.remat, REMAT)}")
+
+    @property
+    def dim(self) -> int:
+        return self.n_heads * self.head_dim
+
+
+class MLP(nnx.Module):
+    """Linear, GELU, Linear; `hidden` names the axis that tensor parallelism cuts."""
+
+    def __init__(
+        self, n_in: int, n_hidden: int, n_out: int, *, act: Callable[[jax.Array], jax.Array], rngs: nnx.Rngs
+    ):
+        self.in_proj = Linear(n_in, n_hidden, ("embed", "mlp"), rngs=rngs)
+        self.out_proj = Linear(n_hidden, n_out, ("mlp", "embed"), rngs=rngs)
+        self.act = act
+
+    def __call__(self, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
+        return self.out_proj(self.act(self.in_proj(x)))
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of `x` over `source`, with RMSNorm of queries and keys over the full width."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        dim = config.dim
+        self.q = Linear(dim, dim, ("embed", "qkv"), rngs=rngs)
+        self.k = Linear(dim, dim, ("embed", "qkv"), rngs=rngs)
+        self.v = Linear(dim, dim, ("embed", "qkv"), rngs=rngs)
+        self.out = Linear(dim, dim, ("qkv", "embed"), rngs=rngs)
+        self.q_norm = RMSNorm(dim, "qkv", eps=config.eps, rngs=rngs)
+        self.k_norm = RMSNorm(dim, "qkv", eps=config.eps, rngs=rngs)
+        self.n_heads = config.n_heads
+
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        source: Float[Array, "B M D"],
+        q_ids: Int[Array, "B N"],
+        kv_ids: Int[Array, "B M"],
+        turn: Rotation | None = None,
+    ) -> Float[Array, "B N D"]:
+        def heads(y: jax.Array) -> jax.Array:
+            y = rearrange(y, "B N (K d) -> B N K d", K=self.n_heads)
+            return constrain(y, ("batch", "tokens", "heads", None))
+
+        q_BNKd = heads(self.q_norm(self.q(x)))
+        k_BMKd = heads(self.k_norm(self.k(source)))
+        v_BMKd = heads(self.v(source))
+        if turn is not None:
+            q_BNKd, k_BMKd = rotate(q_BNKd, turn), rotate(k_BMKd, turn)
+        seen_BNKd = attention(q_BNKd, k_BMKd, v_BMKd, q_ids=q_ids, kv_ids=kv_ids)
+        return self.out(rearrange(seen_BNKd, "B N K d -> B N (K d)"))
+
+
+class Block(nnx.Module):
+    """Self-attention and MLP, each modulated by the token's noise level, with text cross-attention between them."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        dim = config.dim
+        self.modulation = param(rngs, normal(dim**-0.5), (6, dim), (None, "embed"))
+        self.self_attn = Attention(config, rngs=rngs)
+        self.cross_norm = LayerNorm(dim, eps=config.eps, rngs=rngs)
+        self.cross_attn = Attention(config, rngs=rngs)
+        self.ffn = MLP(dim, config.ffn_dim, dim, act=gelu_tanh, rngs=rngs)
+        self.eps = config.eps
+
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        level_rows: Float[Array, "B G 6 D"],
+        text: Float[Array, "B L D"],
+        turn: Rotation,
+        condition: Condition,
+    ) -> Float[Array, "B N D"]:
+        rows = level_rows + self.modulation[...]  # [B, G, 6, D], float32
+
+        def row(i: int) -> jax.Array:  # [B, N, D]
+            return spread(rows[:, :, i], condition.level_ids)
+
+        # self-attention among the tokens of one video
+        y = (layer_norm(x, self.eps) * (1 + row(1)) + row(0)).astype(x.dtype)
+        y = self.self_attn(y, y, condition.segment_ids, condition.segment_ids, turn)
+        x = (x + y * row(2)).astype(x.dtype)
+        # each token reads the text of its own prompt
+        y = self.cross_norm(x)
+        x = x + self.cross_attn(y, text, condition.prompt_ids, condition.text_ids)
+        # MLP
+        y = (layer_norm(x, self.eps) * (1 + row(4)) + row(3)).astype(x.dtype)
+        x = (x + self.ffn(y) * row(5)).astype(x.dtype)
+        return constrain(x, ("batch", "tokens", None))
+
+
+def level_embedding(time: Float[Array, "B G"], width: int) -> Float[Array, "B G width"]:
+    """[cos(t f_i), sin(t f_i)] with f_i = 10000^(-2i / width), for model time t in [0, 1000] (cosines first)."""
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
+    angles = time.astype(jnp.float32)[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Transformer(nnx.Module):
+    """Packed tokens, their noise levels and their condition -> velocity."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        dim = config.dim
+        self.patch_embed = Linear(config.in_channels * _volume(config.patch), dim, (None, "embed"), rngs=rngs)
+        self.time_embed = MLP(config.frequency_dim, dim, dim, act=jax.nn.silu, rngs=rngs)
+        self.time_proj = Linear(dim, 6 * dim, ("embed", "mlp"), init=normal(0.02), rngs=rngs)
+        self.text_embed = MLP(config.text_dim, dim, dim, act=gelu_tanh, rngs=rngs)
+        self.blocks = stack_layers(lambda r: Block(config, rngs=r), config.n_layers, rngs)
+        self.head_modulation = param(rngs, normal(dim**-0.5), (2, dim), (None, "embed"))
+        # Zero output at the start: the first prediction is the mean velocity, and depth costs no stability.
+        self.head = Linear(dim, config.out_channels * _volume(config.patch), ("embed", None), init=zeros, rngs=rngs)
+        self.config = config
+
+    def __call__(
+        self,
+        tokens: Float[Array, "B N P"],
+        time: Float[Array, "B G"],
+        condition: Condition,
+        *,
+        dtype: jnp.dtype | type = jnp.float32,
+    ) -> Float[Array, "B N Q"]:
+        """Velocity of every token, float32.
+
+        `time` is the model's time, 1000 * sigma, one per noise-level group. P is patch volume x in_channels; Q with
+        out_channels. Activations of the blocks are in `dtype`. Tokens of segment 0 (padding) return values of no meaning.
+        """
+        cfg = self.config
+        if condition.image_tokens is not None:
+            raise UserError("this transformer has no image cross-attention: image_tokens must be None")
+        if condition.extra_channels is not None:
+            tokens = jnp.concatenate([tokens, condition.extra_channels], axis=-1)
+
+        x = self.patch_embed(tokens.astype(dtype))  # [B, N, D]
+        x = constrain(x, ("batch", "tokens", None))
+        level = self.time_embed(level_embedding(time, cfg.frequency_dim))  # [B, G, D], float32
+        level_rows = rearrange(self.time_proj(jax.nn.silu(level)), "B G (six D) -> B G six D", six=6)
+        if condition.modulation_extra is not None:
+            level_rows = level_rows + condition.modulation_extra[:, None]
+        text = self.text_embed(condition.text.astype(dtype))  # [B, L, D]
+        turn = rotation(condition.positions, cfg.head_dim, max_positions=cfg.max_positions)
+
+        graphdef, layers = nnx.split(self.blocks, graph=False)
+
+        def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, layer)(x, level_rows, text, turn, condition), None
+
+        policy = REMAT[cfg.remat]
+        if policy is not None:
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        x, _ = jax.lax.scan(body, x, layers)  # [B, N, D]
+
+        rows = level[:, :, None] + self.head_modulation[...]  # [B, G, 2, D]
+        shift, scale = (spread(rows[:, :, i], condition.level_ids) for i in (0, 1))
+        x = (layer_norm(x, cfg.eps) * (1 + scale) + shift).astype(dtype)
+        return self.head(x).astype(jnp.float32)
+
+
+def _volume(patch: Stride) -> int:
+    return patch.time * patch.height * patch.width
