@@ -1,12 +1,13 @@
 """The procedural world: a seeded, vectorised numpy world with captions and its exact truth. Imports numpy only.
 
-    scenes = world.sample_scenes(seed=0, n=4)            # what happens, exactly
-    video = world.render(scenes)                         # uint8 [4, 17, 64, 64, 3]
-    world.captions(scenes[0], np.random.default_rng(0))  # Captions(short, dense)
-    world.WorldSource(seed=0, n=200_000)[7]              # any clip, by number
+scenes = world.sample_scenes(seed=0, n=4)            # what happens, exactly
+video = world.render(scenes)                         # uint8 [4, 17, 64, 64, 3]
+world.captions(scenes[0], np.random.default_rng(0))  # Captions(short, dense)
+world.WorldSource(seed=0, n=200_000)[7]              # any clip, by number
 """
 
 from sora_jax.data.world.captions import Captions, captions, dense_caption, shot_captions, short_caption
+from sora_jax.data.world.prompts import ObjectTruth, Prompt, Truth, heldout_prompts, prompts, truth_of
 from sora_jax.data.world.render import render
 from sora_jax.data.world.sampling import sample_scene, sample_scenes
 from sora_jax.data.world.scene import (
@@ -34,17 +35,23 @@ __all__ = [
     "Captions",
     "Event",
     "Mix",
+    "ObjectTruth",
     "Occluder",
+    "Prompt",
     "Scene",
     "Shot",
+    "Truth",
     "WorldObject",
     "WorldSource",
     "captions",
     "dense_caption",
+    "heldout_prompts",
     "is_heldout",
+    "prompts",
     "render",
     "sample_scene",
     "sample_scenes",
     "short_caption",
     "shot_captions",
+    "truth_of",
 ]

@@ -31,6 +31,7 @@ class Said(NamedTuple):
     place: bool  # the floor, or the background where there is no floor
     wall: bool  # the wall behind the floor
     direction: bool  # the directions of objects that have one
+    size: bool  # the sizes of objects, where medium is what goes unsaid
 
 
 class Verb(NamedTuple):
@@ -270,7 +271,7 @@ def short_caption(shot: Shot, rng: np.random.Generator) -> Said:
         where = _place(rng, shot, onto=shot.objects[0].motion == "fall") if place else ""
         text = _assemble(rng, core, where)
         if len(text) <= SHORT_BYTES:
-            return Said(text, place, False, direction)
+            return Said(text, place, False, direction, not terse)
     raise AssertionError(f"no caption of {SHORT_BYTES} bytes for {core}")
 
 
@@ -320,7 +321,7 @@ def dense_caption(shot: Shot, rng: np.random.Generator) -> Said:
         else:
             text = _join(core, place, wall) + (f", {detail}" if detail else "")
         if len(text) <= DENSE_BYTES:
-            return Said(text, True, bool(wall), True)
+            return Said(text, True, bool(wall), True, True)
     raise AssertionError(f"no caption of {DENSE_BYTES} bytes for {core}")
 
 

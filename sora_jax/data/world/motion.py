@@ -45,7 +45,9 @@ def heading(direction: str) -> np.ndarray:
     return vector / np.linalg.norm(vector)
 
 
-def bounce_height(times: np.ndarray, start: float, gravity: float, restitution: float) -> tuple[np.ndarray, list[float]]:
+def bounce_height(
+    times: np.ndarray, start: float, gravity: float, restitution: float
+) -> tuple[np.ndarray, list[float]]:
     """Height above the floor of a thing dropped from `start` at time 0, and the times at which it hits the floor.
 
     Between hits n and n + 1 the height is v_n s - g s^2 / 2 with v_n = restitution^n sqrt(2 g start), s the time
@@ -102,9 +104,7 @@ def slide(rng: np.random.Generator, stage: Stage, shape: str, radius: float, dir
     first = np.maximum(low, low - travel)
     last = np.minimum(high, high - travel)
     start = np.array([_between(rng, first[0], last[0]), _between(rng, first[1], last[1])])
-    return Path(
-        start + stage.times[:, None] / steps * travel, np.full(stage.frames, radius), direction=direction
-    )
+    return Path(start + stage.times[:, None] / steps * travel, np.full(stage.frames, radius), direction=direction)
 
 
 def enter(rng: np.random.Generator, stage: Stage, shape: str, radius: float, direction: str) -> Path:

@@ -25,7 +25,7 @@ from sora_jax.data.world.scene import (
 
 _CHUNK = 16  # clips at a time: keeps the boxes of a layer in the cache
 _STRIPE_PERIOD = 20.0  # units
-_STRIPE_DEPTH = 0.09
+_STRIPE_DEPTH = 20.0  # levels darker than the wall, on a black wall lighter
 
 
 def _ball(dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.ndarray:
@@ -119,8 +119,10 @@ def _ground(shots: Sequence[Shot], height: int, width: int) -> np.ndarray:
             moved = x[None] + shot.pan[:, None] + np.float32(ground.phase)
             wave = np.cos(moved * np.float32(2 * np.pi / (_STRIPE_PERIOD * unit)))
             # a softened square wave: reads as stripes, yet shifts by fractions of a pixel without flicker
-            factor = 1 - _STRIPE_DEPTH * np.clip(0.5 + 1.2 * wave, 0, 1)
-            picture = column[None, :, None] * factor[:, None, :, None]
+            depth = np.clip(0.5 + 1.2 * wave, 0, 1) * np.float32(
+                _STRIPE_DEPTH if ground.wall == "black" else -_STRIPE_DEPTH
+            )
+            picture = column[None, :, None] + depth[:, None, :, None]
         else:
             picture = column[None, :, None]
         if ground.kind == "floor":
@@ -148,12 +150,16 @@ def _shadows(canvas: np.ndarray, shots: Sequence[Shot], numbers: np.ndarray, lay
     half_x, half_y = wide * (1.15 + 0.35 * lift) + unit, wide * 0.24 + 1.5 * unit
     rows = (np.array(chosen)[:, None] * frames + np.arange(frames)).reshape(-1)
     index, dx, dy = _boxes(canvas, rows, x, contact, float(half_x.max()), float(half_y.max()))
-    r = np.sqrt((dx / half_x[:, None, None].astype(np.float32)) ** 2 + (dy / half_y[:, None, None].astype(np.float32)) ** 2)
+    r = np.sqrt(
+        (dx / half_x[:, None, None].astype(np.float32)) ** 2 + (dy / half_y[:, None, None].astype(np.float32)) ** 2
+    )
     strength = (0.34 * (1 - 0.75 * lift))[:, None, None].astype(np.float32)
     _darken(canvas, index, 1 - strength * np.clip((1 - r) * 1.8, 0, 1))
 
 
-def _objects(canvas: np.ndarray, shots: Sequence[Shot], shape: str, numbers: list[int], layer: int, unit: float) -> None:
+def _objects(
+    canvas: np.ndarray, shots: Sequence[Shot], shape: str, numbers: list[int], layer: int, unit: float
+) -> None:
     """Draws object `layer` of the numbered shots, all of one shape."""
     frames = shots[0].frames
     objects = [shots[n].objects[layer] for n in numbers]

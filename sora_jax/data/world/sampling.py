@@ -89,9 +89,8 @@ def _direction(rng: np.random.Generator, name: str, floor: bool) -> str:
     return _pick(rng, tuple(DIRECTIONS)) if name == "slide" else ""
 
 
-def _plan(rng: np.random.Generator, mix: Mix, moving: bool) -> Plan:
-    """Draws what happens; without regard to the split, which the caller checks."""
-    kind = _choose(rng, KINDS if moving else ("single", "pair"), mix)
+def _plan(rng: np.random.Generator, kind: str, mix: Mix, moving: bool) -> Plan:
+    """Draws what happens in a shot of a kind; without regard to the split, which the caller checks."""
     floor = bool(rng.random() < mix.floor)
     motions = MOTIONS if moving else ("rest",)
 
@@ -298,7 +297,9 @@ def _finish(spec: Spec, path: Path, stage: Stage, occluder: Occluder | None) -> 
     )
 
 
-def _shot(rng: np.random.Generator, plan: Plan, frames: int, height: int, width: int, mix: Mix, avoid: str) -> Shot | None:
+def _shot(
+    rng: np.random.Generator, plan: Plan, frames: int, height: int, width: int, mix: Mix, avoid: str
+) -> Shot | None:
     """Gives a plan its places; None when its objects could not be kept apart."""
     unit = min(height, width) / 64
     contact = height - float(rng.uniform(6, 9)) * unit if plan.floor else None
@@ -337,14 +338,15 @@ def _shot(rng: np.random.Generator, plan: Plan, frames: int, height: int, width:
 def _draw_shot(
     rng: np.random.Generator, frames: int, height: int, width: int, split: str, mix: Mix, avoid: str
 ) -> Shot:
+    kind = _choose(rng, KINDS if frames > 1 else ("single", "pair"), mix)  # once, so that the mix holds exactly
     for _ in range(10_000):
-        plan = _plan(rng, mix, moving=frames > 1)
+        plan = _plan(rng, kind, mix, moving=frames > 1)
         if not _allowed(plan, split):
             continue
         shot = _shot(rng, plan, frames, height, width, mix, avoid)
         if shot is not None:
             return shot
-    raise UserError(f"no scene of this mix fits in {height}x{width} pixels: give a larger size or another mix")
+    raise UserError(f"no {kind} shot of this mix fits in {height}x{width} pixels: give a larger size or another mix")
 
 
 def sample_scene(
@@ -363,7 +365,9 @@ def sample_scene(
         raise UserError(f'unknown split "{split}"; {nearest(split, SPLITS)}')
     lengths = tuple(shots) if shots else (frames,)
     if min(lengths) < 1 or min(height, width) < 16:
-        raise UserError(f"a scene of {lengths} frames at {height}x{width} cannot be made: at least 1 frame and 16 pixels")
+        raise UserError(
+            f"a scene of {lengths} frames at {height}x{width} cannot be made: at least 1 frame and 16 pixels"
+        )
     rng = np.random.default_rng((_STREAM, seed, index))
     made: list[Shot] = []
     for length in lengths:

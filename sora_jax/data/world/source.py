@@ -65,7 +65,5 @@ class WorldSource:
         for scene, frames in zip(scenes, render(scenes), strict=True):
             rng = np.random.default_rng((_CAPTION_STREAM, scene.seed, scene.index))
             shots = [(shot.frames, list(shot_captions(shot, rng))) for shot in scene.shots]
-            items.append(
-                {"frames": frames, "captions": list(shots[0][1]), "shots": shots, "fps": FPS, "scene": scene}
-            )
+            items.append({"frames": frames, "captions": list(shots[0][1]), "shots": shots, "fps": FPS, "scene": scene})
         return items

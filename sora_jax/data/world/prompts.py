@@ -1,0 +1,81 @@
+"""Prompts with the truth that a checker must find, and the known words of the world."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sora_jax.data.world.captions import Said, pan_direction, short_caption
+from sora_jax.data.world.sampling import sample_scene
+from sora_jax.data.world.scene import Mix, Shot
+
+_PROMPT_STREAM = 0x50524D50
+
+
+@dataclass(frozen=True)
+class ObjectTruth:
+    """What a prompt says about one object; "" where it says nothing."""
+
+    color: str
+    shape: str
+    size: str = ""
+    motion: str = ""
+    direction: str = ""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a clip made from a prompt must show; "" where the prompt says nothing."""
+
+    objects: tuple[ObjectTruth, ...]
+    kind: str = "single"  # single | pair | collision | occluder | pan
+    pan: str = ""  # which way the camera goes
+    wall: str = ""  # colour of the background, or of the wall behind a floor
+    floor: str = ""  # colour of the floor, or of the bottom of a gradient
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    truth: Truth
+
+
+def truth_of(shot: Shot, said: Said | None = None) -> Truth:
+    """The truth of a shot; with `said`, only as much of it as that caption speaks of."""
+    ground = shot.background
+    wall, floor = ground.wall, ground.floor
+    if said is not None:
+        floor = floor if said.place else ""
+        wall = wall if (said.wall if ground.kind == "floor" else said.place) else ""
+    direction = said is None or said.direction
+
+    def describe(number: int) -> ObjectTruth:
+        thing = shot.objects[number]
+        always = thing.motion in ("enter", "exit")
+        size = thing.size if thing.motion not in ("grow", "shrink") else ""
+        return ObjectTruth(thing.color, thing.shape, size, thing.motion, thing.direction if direction or always else "")
+
+    objects = tuple(describe(number) for number in range(len(shot.objects)))
+    if said is not None and not said.size:
+        objects = tuple(replace(thing, size="") for thing in objects)
+    return Truth(objects, shot.kind, pan_direction(shot) if shot.kind == "pan" else "", wall, floor)
+
+
+def prompts(
+    n: int, seed: int, *, split: str, frames: int = 17, height: int = 64, width: int = 64, mix: Mix | None = None
+) -> list[Prompt]:
+    """`n` short prompts of a split, drawn like the captions of training, each with what it asks for."""
+    made = []
+    for index in range(n):
+        scene = sample_scene(seed, index, split=split, frames=frames, height=height, width=width, mix=mix)
+        said = short_caption(scene.shot, np.random.default_rng((_PROMPT_STREAM, seed, index)))
+        made.append(Prompt(said.text, truth_of(scene.shot, said)))
+    return made
+
+
+def heldout_prompts(
+    n: int, seed: int, *, frames: int = 17, height: int = 64, width: int = 64, mix: Mix | None = None
+) -> list[Prompt]:
+    """`n` prompts that each name a combination of colour, shape and motion that training never showed."""
+    return prompts(n, seed, split="heldout", frames=frames, height=height, width=width, mix=mix)
