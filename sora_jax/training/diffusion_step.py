@@ -1,0 +1,134 @@
+"""The diffusion loss on packed rows, one step of its training, and its validation at fixed noise levels.
+
+    rows ── draw levels and what is given ── mix with noise ── text encoder, transformer ── velocity ── loss
+
+The text encoder is trained with the transformer where the config says so (the world model's), and frozen otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from sora_jax.diffusion.flow import flow_loss, mix, spread, velocity_target
+from sora_jax.diffusion.levels import Levels, LevelsConfig, draw_levels
+from sora_jax.shapes import Condition
+from sora_jax.tokens.packing import PackedRows
+from sora_jax.training.state import TrainState, apply_gradients
+
+Step = Callable[[TrainState, PackedRows], tuple[TrainState, dict[str, Float[Array, ""]]]]
+Validate = Callable[[Mapping[str, Any], PackedRows], dict[str, Float[Array, ""]]]
+
+VALIDATION_LEVELS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
+MODEL_TIME = 1000.0  # the model's time is 1000 * sigma
+
+
+@dataclass(frozen=True)
+class DiffusionModules:
+    """The structure of the two networks; their parameters travel in `TrainState.params` under the same names."""
+
+    transformer: nnx.GraphDef
+    text_encoder: nnx.GraphDef
+
+
+def condition_of(rows: PackedRows, text: Float[Array, "B L E"], given: Bool[Array, "B N"]) -> Condition:
+    return Condition(
+        positions=rows.positions,
+        segment_ids=rows.segment_ids,
+        prompt_ids=rows.prompt_ids,
+        level_ids=rows.level_ids,
+        given=given,
+        text=text,
+        text_ids=rows.text_ids,
+    )
+
+
+def diffusion_loss(
+    modules: DiffusionModules,
+    params: Mapping[str, Any],
+    rows: PackedRows,
+    levels: Levels,
+    noise: Float[Array, "B N P"],
+    dtype: jnp.dtype | type = jnp.float32,
+) -> Float[Array, ""]:
+    """Mean squared error of the velocity over the tokens that are neither padding nor given."""
+    clean = rows.tokens.astype(jnp.float32)
+    sigma = spread(levels.sigma, rows.level_ids)
+    given = spread(levels.given.astype(jnp.float32), rows.level_ids) > 0.5
+    noisy = mix(clean, noise, sigma)
+
+    encoder = nnx.merge(modules.text_encoder, params["text_encoder"])
+    text = encoder(rows.text_tokens, rows.text_ids, dtype=dtype)
+    transformer = nnx.merge(modules.transformer, params["transformer"])
+    velocity = transformer(noisy, MODEL_TIME * levels.sigma, condition_of(rows, text, given), dtype=dtype)
+    return flow_loss(velocity, velocity_target(clean, noise), ~given & (rows.segment_ids > 0))
+
+
+def make_diffusion_step(
+    modules: DiffusionModules,
+    optimizer: optax.GradientTransformation,
+    levels: LevelsConfig,
+    *,
+    clip_norm: float = 1.0,
+    ema_decay: float = 0.999,
+    dtype: jnp.dtype | type = jnp.float32,
+) -> Step:
+    """`step(state, rows) -> (state, metrics)`, jitted, with `state` donated.
+
+    Randomness comes from `state.step_key()` alone, so a resumed run draws what the uninterrupted one would have drawn.
+    Metrics: `loss`, and what `apply_gradients` reports.
+    """
+
+    def step(state: TrainState, rows: PackedRows) -> tuple[TrainState, dict[str, jax.Array]]:
+        level_key, noise_key = jax.random.split(state.step_key())
+        drawn = draw_levels(
+            level_key,
+            levels,
+            group_segment=rows.group_segment,
+            group_frame=rows.group_frame,
+            group_count=rows.group_count,
+            segment_ids=rows.segment_ids,
+        )
+        noise = jax.random.normal(noise_key, rows.tokens.shape, jnp.float32)
+        loss, grads = jax.value_and_grad(
+            lambda params: diffusion_loss(modules, params, rows, drawn, noise, dtype=dtype)
+        )(state.params)
+        state, metrics = apply_gradients(
+            state, grads, loss, optimizer, clip_norm=clip_norm, ema_decay=ema_decay
+        )
+        return state, {"loss": loss, **metrics}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_diffusion_validation(
+    modules: DiffusionModules,
+    key: Key[Array, ""],
+    levels: Sequence[float] = VALIDATION_LEVELS,
+    dtype: jnp.dtype | type = jnp.float32,
+) -> Validate:
+    """`validate(params, rows) -> {"loss": mean, "loss_0.05": ..., ...}`: the loss of text to video at fixed levels.
+
+    The noise of a level is the same at every call, and another for each level.
+    """
+
+    def validate(params: Mapping[str, Any], rows: PackedRows) -> dict[str, jax.Array]:
+        used = rows.group_segment > 0
+
+        def at(index: jax.Array, level: jax.Array) -> jax.Array:
+            noise = jax.random.normal(jax.random.fold_in(key, index), rows.tokens.shape, jnp.float32)
+            table = Levels(jnp.where(used, level, 0.0), jnp.zeros_like(used), jnp.zeros(used.shape, jnp.int32))
+            return diffusion_loss(modules, params, rows, table, noise, dtype=dtype)
+
+        losses = jax.lax.map(lambda pair: at(*pair), (jnp.arange(len(levels)), jnp.asarray(levels, jnp.float32)))
+        named = {f"loss_{level:.2f}": losses[i] for i, level in enumerate(levels)}
+        return {"loss": jnp.mean(losses), **named}
+
+    return jax.jit(validate)
