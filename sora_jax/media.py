@@ -131,8 +131,9 @@ def _whole_or_not_at_all(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         if target.is_dir():
-            shutil.rmtree(target)  # a sequence of frames that is overwritten; a folder cannot be renamed onto it
-        os.replace(temporary, target)
+            _replace_folder(temporary, target)
+        else:
+            os.replace(temporary, target)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
@@ -140,6 +141,18 @@ def _whole_or_not_at_all(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    """A folder cannot be renamed onto another: the old one steps aside, and comes back if the new one cannot."""
+    aside = new.with_name(f"{new.name}.old")
+    target.rename(aside)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,7 +329,7 @@ def _read_video(data: bytes, path: Any) -> Media:
     try:
         with av.open(io.BytesIO(data), "r") as container:
             if not container.streams.video:
-                raise UserError(f"{path} holds no video")
+                raise UserError(f"{path} cannot be read: truncated, or without a video in it")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]

@@ -29,13 +29,13 @@ class Record:
     guidance: float | None = None
     solver: str | None = None
     shift: float | None = None
-    given: tuple[str, ...] = ()  # the files whose frames were given
+    given: dict[str, str] = dataclasses.field(default_factory=dict)  # files whose frames were given: {"image": path}
     software: str = f"sora_jax {__version__}"
     digital_source_type: str = GENERATED
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # what later versions add
 
     def to_json(self) -> str:
-        return json.dumps({k: v for k, v in dataclasses.asdict(self).items() if v not in (None, (), {})})
+        return json.dumps({k: v for k, v in dataclasses.asdict(self).items() if v not in (None, {})})
 
     @staticmethod
     def from_json(text: str) -> Record | None:
@@ -49,5 +49,4 @@ class Record:
         known = {field.name for field in dataclasses.fields(Record)}
         extra = dict(values.pop("extra", {}))
         extra |= {name: values.pop(name) for name in sorted(set(values) - known)}
-        values["given"] = tuple(values.get("given", ()))
         return Record(**values, extra=extra)

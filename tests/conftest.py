@@ -15,7 +15,7 @@ from jaxtyping import install_import_hook
 # Eight fake devices for the tests of sharding; a configuration and not XLA_FLAGS, so that child processes see one.
 jax.config.update("jax_num_cpu_devices", 8)
 
-_hook = install_import_hook("sora_jax", "beartype.beartype")
+_hook = install_import_hook("sora_jax", "typechecking.checked")
 
 
 @pytest.fixture
