@@ -6,7 +6,7 @@ world.captions(scenes[0], np.random.default_rng(0))  # Captions(short, dense)
 world.WorldSource(seed=0, n=200_000)[7]              # any clip, by number
 """
 
-from sora_jax.data.world.captions import Captions, captions, dense_caption, shot_captions, short_caption
+from sora_jax.data.world.captions import Captions, captions, dense_caption, short_caption, shot_captions
 from sora_jax.data.world.prompts import ObjectTruth, Prompt, Truth, heldout_prompts, prompts, truth_of
 from sora_jax.data.world.render import render
 from sora_jax.data.world.sampling import sample_scene, sample_scenes

@@ -20,6 +20,8 @@ DENSE_BYTES = 150
 
 
 class Captions(NamedTuple):
+    """What is said of a shot, briefly and at length."""
+
     short: str  # at most 64 bytes of ASCII
     dense: str  # at most 150 bytes of ASCII
 
@@ -35,6 +37,8 @@ class Said(NamedTuple):
 
 
 class Verb(NamedTuple):
+    """Third person singular, plural, participle."""
+
     one: str
     many: str
     ing: str
@@ -130,7 +134,7 @@ def _article(phrase: str) -> str:
 
 
 def _noun(rng: np.random.Generator, thing: WorldObject, terse: bool = False) -> str:
-    """ "small red ball", without an article; `terse` leaves the size out, as does a size that changes."""
+    """The words "small red ball", without an article; `terse` leaves the size out, as does a size that changes."""
     changes = thing.motion in ("grow", "shrink")
     word = "" if changes or terse else _one(rng, _SIZE_WORDS[thing.size])
     return _join(word, thing.color, _one(rng, _SHAPE_WORDS[thing.shape]))
@@ -156,7 +160,7 @@ def _predicate(
     form: str,
     terse: bool = False,
 ) -> str:
-    """ "slides to the right"; `form` is "plain", "ing" or "is" (is sliding)."""
+    """The words "slides to the right"; `form` is "plain", "ing" or "is" (is sliding)."""
     verbs = _VERBS[thing.motion]
     verb = verbs[0 if terse else int(rng.integers(len(verbs)))]
     if thing.motion == "slide" and not terse and floor and thing.shape == "ball" and rng.random() < 0.4:

@@ -148,7 +148,7 @@ def fall(rng: np.random.Generator, stage: Stage, shape: str, radius: float) -> P
 
 
 def bounce(rng: np.random.Generator, stage: Stage, shape: str, radius: float, drift: str) -> Path:
-    """Dropped from near the top, it loses restitution^2 of its height at every hit; `drift` is "", "left" or "right"."""
+    """Dropped from near the top, it keeps restitution^2 of its height at a hit; `drift` is "", "left" or "right"."""
     outline = OUTLINES[shape]
     path = rest(rng, stage, shape, radius)
     gravity = GRAVITY * stage.unit

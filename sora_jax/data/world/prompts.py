@@ -37,6 +37,8 @@ class Truth:
 
 @dataclass(frozen=True)
 class Prompt:
+    """A text, and what a clip made from it must show."""
+
     text: str
     truth: Truth
 

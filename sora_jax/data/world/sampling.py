@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from sora_jax.data.world import motion
 from sora_jax.data.world.motion import Path, Stage
+from sora_jax.data.world.plans import Plan, Spec, allowed, choose, draw_plan, pick
 from sora_jax.data.world.scene import (
-    COLORS,
-    DIRECTIONS,
     FLOORS,
     KINDS,
-    MOTIONS,
-    OCCLUDERS,
     OUTLINES,
-    SHAPES,
     SIZES,
     WALLS,
     Background,
@@ -27,128 +22,11 @@ from sora_jax.data.world.scene import (
     Scene,
     Shot,
     WorldObject,
-    is_heldout,
 )
 from sora_jax.errors import UserError, nearest
 
 SPLITS = ("train", "heldout", "all")
-_ON_FLOOR = ("slide", "bounce", "fall", "rest", "enter", "exit")  # motions that make sense on a floor
-_APART = ("slide", "bounce", "fall", "grow", "shrink", "rest")  # motions that share a frame with another one
 _STREAM = 0x50524F43  # keeps the world's random streams apart from others made of (seed, index)
-
-
-class Spec(NamedTuple):
-    """What an object is to be, before it is given a place."""
-
-    shape: str
-    color: str
-    size: str
-    motion: str
-    direction: str = ""
-
-    @property
-    def combination(self) -> tuple[str, str, str]:
-        return self.color, self.shape, f"{self.motion} {self.direction}" if self.motion == "slide" else self.motion
-
-
-class Plan(NamedTuple):
-    """What a shot is to be."""
-
-    kind: str
-    floor: bool
-    specs: tuple[Spec, ...]
-    orbit_pair: str = ""  # "opposite": both circle the middle; "around": the first circles the second
-
-
-def _choose(rng: np.random.Generator, names: Sequence[str], mix: Mix) -> str:
-    """One of `names` with the weights that `mix` gives them."""
-    weights = np.array([getattr(mix, name) for name in names], np.float64)
-    if not weights.sum() > 0:
-        raise UserError(f"the mix gives none of {', '.join(names)} a weight > 0")
-    return names[int(np.searchsorted(np.cumsum(weights), rng.random() * weights.sum(), side="right"))]
-
-
-def _pick(rng: np.random.Generator, names: Sequence[str]) -> str:
-    return names[int(rng.integers(len(names)))]
-
-
-def _pick_pair(rng: np.random.Generator) -> tuple[str, str]:
-    return (("small", "small"), ("small", "small"), ("small", "medium"), ("medium", "small"))[int(rng.integers(4))]
-
-
-def _direction(rng: np.random.Generator, name: str, floor: bool) -> str:
-    """A direction that suits the motion and the setting."""
-    if name == "orbit":
-        return _pick(rng, ("clockwise", "counterclockwise"))
-    if name == "bounce":
-        return _pick(rng, ("left", "right")) if rng.random() < 0.3 else ""
-    if name in ("slide", "enter", "exit") and floor:
-        return _pick(rng, ("left", "right"))
-    if name in ("enter", "exit"):
-        return _pick(rng, ("left", "right", "up", "down"))
-    return _pick(rng, tuple(DIRECTIONS)) if name == "slide" else ""
-
-
-def _plan(rng: np.random.Generator, kind: str, mix: Mix, moving: bool) -> Plan:
-    """Draws what happens in a shot of a kind; without regard to the split, which the caller checks."""
-    floor = bool(rng.random() < mix.floor)
-    motions = MOTIONS if moving else ("rest",)
-
-    def spec(name: str, direction: str, shapes: Sequence[str] = SHAPES, size: str = "") -> Spec:
-        size = size or _choose(rng, tuple(SIZES), mix)
-        return Spec(_pick(rng, shapes), _pick(rng, tuple(COLORS)), size, name, direction)
-
-    if kind == "single":
-        name = _choose(rng, motions, mix)
-        floor = name in ("bounce", "fall") or (floor and name in _ON_FLOOR)
-        return Plan(kind, floor, (spec(name, _direction(rng, name, floor)),))
-    if kind == "pan":
-        return Plan(kind, False, (spec("rest", ""),))
-    if kind == "occluder":
-        return Plan(kind, floor, (spec("slide", _pick(rng, ("left", "right")), size="small"),))
-    if kind == "collision":
-        direction = _pick(rng, ("left", "right"))
-        # On a floor both have one size, so that they meet head-on; two of medium size would have no room to move
-        sizes = ("small", "small") if floor else _pick_pair(rng)
-        first = spec("slide", direction, ("ball", "square"), sizes[0])
-        second = spec("rest", "", ("ball", "square"), sizes[1])
-        return Plan(kind, floor, (first, second))
-
-    how = _choose(rng, ("twins", "together", "apart"), mix)
-    small = Mix(small=mix.small + mix.large, medium=mix.medium, large=0.0)  # two large ones would not fit
-    sizes = [_choose(rng, ("small", "medium"), small) for _ in range(2)]
-    if how == "apart" and moving:
-        first_name = _choose(rng, _APART, mix)
-        floor = first_name in ("bounce", "fall") or (floor and first_name in _ON_FLOOR)
-        second_name = _choose(rng, [m for m in _APART if m != first_name and (m in _ON_FLOOR or not floor)
-                                    and (floor or m not in ("bounce", "fall"))], mix)  # fmt: skip
-        names = [first_name, second_name]
-        directions = [_direction(rng, name, floor) for name in names]
-    else:
-        name = _choose(rng, [m for m in motions if m not in ("enter", "exit")], mix)
-        floor = name in ("bounce", "fall") or (floor and name in _ON_FLOOR)
-        names, directions = [name] * 2, [_direction(rng, name, floor)] * 2
-    first = spec(names[0], directions[0], size=sizes[0])
-    if how == "twins":
-        second = first
-    else:
-        second = spec(names[1], directions[1], size=sizes[1])
-    orbit_pair = ""
-    if names == ["orbit", "orbit"]:
-        orbit_pair = "opposite" if how == "twins" or rng.random() < 0.4 else "around"
-        if orbit_pair == "around":
-            second = second._replace(motion="rest", direction="")
-    return Plan(kind, floor, (first, second), orbit_pair)
-
-
-def _allowed(plan: Plan, split: str) -> bool:
-    """Training never sees a held-out combination, `heldout` always shows one, two kinds never share a colour."""
-    first, *others = plan.specs
-    if any(other.color == first.color and other != first for other in others):
-        return False
-    if split == "all":
-        return True
-    return any(is_heldout(spec.combination) for spec in plan.specs) == (split == "heldout")
 
 
 def _background(rng: np.random.Generator, plan: Plan, stage: Stage, mix: Mix, avoid: str) -> Background:
@@ -157,8 +35,8 @@ def _background(rng: np.random.Generator, plan: Plan, stage: Stage, mix: Mix, av
     walls = [name for name in WALLS if name not in colors and name != avoid]
     phase = float(rng.uniform(0, 64)) * stage.unit
     if stage.contact is not None:
-        floor = _pick(rng, [name for name in FLOORS if name not in colors])
-        wall = _pick(rng, [name for name in walls if name != floor])
+        floor = pick(rng, [name for name in FLOORS if name not in colors])
+        wall = pick(rng, [name for name in walls if name != floor])
         horizon = stage.contact - float(rng.uniform(5, 8)) * stage.unit
         striped = bool(rng.random() < mix.striped)
         return Background("floor", wall, floor, horizon, stage.contact, striped, phase)
@@ -167,7 +45,7 @@ def _background(rng: np.random.Generator, plan: Plan, stage: Stage, mix: Mix, av
     if not striped and rng.random() < mix.gradient:
         wall, floor = (str(name) for name in rng.permutation([name for name in walls if name != "black"])[:2])
         return Background("gradient", wall, floor, edge, edge, False, phase)
-    return Background("plain", _pick(rng, walls), "", edge, edge, striped, phase)
+    return Background("plain", pick(rng, walls), "", edge, edge, striped, phase)
 
 
 def _radius(rng: np.random.Generator, size: str, stage: Stage) -> float:
@@ -320,7 +198,7 @@ def _shot(
         path, occluder = _occlusion(rng, stage, plan, ground)
         paths = [path]
     else:  # pan: the object slides across the screen, as the world does
-        direction = _pick(rng, ("left", "right"))
+        direction = pick(rng, ("left", "right"))
         spec = plan.specs[0]
         path = motion.slide(rng, stage, spec.shape, _radius(rng, spec.size, stage), direction)
         pan = (path.centers[0, 0] - path.centers[:, 0]).astype(np.float32)
@@ -338,10 +216,10 @@ def _shot(
 def _draw_shot(
     rng: np.random.Generator, frames: int, height: int, width: int, split: str, mix: Mix, avoid: str
 ) -> Shot:
-    kind = _choose(rng, KINDS if frames > 1 else ("single", "pair"), mix)  # once, so that the mix holds exactly
+    kind = choose(rng, KINDS if frames > 1 else ("single", "pair"), mix)  # once, so that the mix holds exactly
     for _ in range(10_000):
-        plan = _plan(rng, kind, mix, moving=frames > 1)
-        if not _allowed(plan, split):
+        plan = draw_plan(rng, kind, mix, moving=frames > 1)
+        if not allowed(plan, split):
             continue
         shot = _shot(rng, plan, frames, height, width, mix, avoid)
         if shot is not None:

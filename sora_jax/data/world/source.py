@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class WorldSource:
     frames: int = 17
     height: int = 64
     width: int = 64
-    mix: Mix = Mix()
+    mix: Mix = field(default_factory=Mix)
     shots: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
