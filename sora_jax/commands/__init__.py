@@ -1,0 +1,23 @@
+"""The commands of `sora-jax`, one small module each.
+
+A module has `HELP` (one line), `EXAMPLES` (shown under its help), `add_arguments(parser)` and `run(args)`, and imports
+nothing slow at its top: `sora-jax --help` reads all of them. `run` returns None, or the document that `--json` prints.
+A command whose `OVERRIDES` is True takes `--config.a.b=v` flags, and finds them in `args.overrides` as "a.b=v".
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Make": ("sample", "export"),
+    "Train": ("train", "encode", "eval"),
+    "Tools": ("devices", "bench"),
+}
+
+NAMES = tuple(name for names in GROUPS.values() for name in names)
+
+
+def load(name: str) -> ModuleType:
+    return importlib.import_module(f"sora_jax.commands.{name}")

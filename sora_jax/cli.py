@@ -1,0 +1,219 @@
+"""The command line: `sora-jax COMMAND ...`.
+
+Everything a user can get wrong ends in one line on stderr and exit code 2; Ctrl-C ends with 130. A defect of ours keeps
+its traceback and ends with 1. Results go to stdout, everything else to stderr, so that `--json` can be piped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import re
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, TextIO
+
+from sora_jax import __version__, commands
+from sora_jax.errors import UserError, nearest
+
+PROGRAM = "sora-jax"
+OVERRIDE = "--config."
+
+DESCRIPTION = "Text to video in JAX."
+EXAMPLES = """
+  sora-jax sample "a red ball bounces on a blue floor"
+  sora-jax train --config world --workdir runs/world
+  sora-jax COMMAND --help
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose mistakes are `UserError`s that name the nearest right thing."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument ", "", message)
+        message = re.sub(r"invalid int value: (.*)", r"\1 is not a whole number", message)
+        message = re.sub(r"invalid float value: (.*)", r"\1 is not a number", message)
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    @property
+    def flags(self) -> list[str]:
+        return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parsing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command's arguments, with `command` (the module) and `json`, `debug`; raises `UserError`, or SystemExit(0)
+    where help or the version was asked for."""
+    argv = list(argv)
+    if not argv or (argv[0] in ("-h", "--help", "help") and len(argv) == 1):
+        print(overview())
+        raise SystemExit(0 if argv else 2)
+    if argv[0] == "help":
+        argv = [argv[1], "--help"]
+    if argv[0] == "--version":
+        print(f"{PROGRAM} {__version__}")
+        raise SystemExit(0)
+    name, rest = argv[0], argv[1:]
+    if name not in commands.NAMES:
+        if name.startswith("-"):
+            raise UserError(f"flags come after the command: {PROGRAM} COMMAND {name}; {nearest(name, commands.NAMES)}")
+        raise UserError(f'unknown command "{name}"; {nearest(name, commands.NAMES)}')
+    module = commands.load(name)
+    parser = Parser(
+        prog=f"{PROGRAM} {name}",
+        description=module.HELP,
+        epilog="examples:\n" + textwrap.indent(textwrap.dedent(module.EXAMPLES).strip("\n"), "  "),
+    )
+    module.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks (also SORA_JAX_DEBUG=1)")
+
+    overrides: list[str] = []
+    if getattr(module, "OVERRIDES", False):
+        rest, overrides = take_overrides(rest)
+    # Intermixed: flags may stand between the positional arguments.
+    args, unknown = parser.parse_known_intermixed_args(rest)
+    if unknown:
+        flag = next((text for text in unknown if text.startswith("-")), None)
+        if flag is None:
+            raise UserError(f'unexpected argument "{unknown[0]}" (see {parser.prog} --help)')
+        flag = flag.partition("=")[0]
+        raise UserError(f"unknown flag {flag}; {nearest(flag, parser.flags)}")
+    args.command, args.overrides = module, overrides
+    return args
+
+
+def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split `--config.a.b=v` (or `--config.a.b v`) from the other arguments; the former come back as "a.b=v".
+
+    >>> take_overrides(["--config", "world", "--config.train.steps=5", "--config.train.seed", "1"])
+    (['--config', 'world'], ['train.steps=5', 'train.seed=1'])
+    """
+    rest, overrides = [], []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith(OVERRIDE):
+            rest.append(word)
+            continue
+        key, equals, value = word.removeprefix(OVERRIDE).partition("=")
+        if not equals:
+            value = next(words, "")
+            if not value or value.startswith("--"):
+                raise UserError(f"{word} needs a value: {word}=VALUE")
+        overrides.append(f"{key}={value}")
+    return rest, overrides
+
+
+def overview() -> str:
+    """The help of the whole program, its commands in groups."""
+    lines = [f"usage: {PROGRAM} COMMAND [arguments]", "", DESCRIPTION]
+    width = max(map(len, commands.NAMES))
+    for group, names in commands.GROUPS.items():
+        lines += ["", f"{group}:"]
+        lines += [f"  {name:{width}}  {commands.load(name).HELP}" for name in names]
+    return "\n".join([*lines, "", "examples:", EXAMPLES.strip("\n")])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv or os.environ.get("SORA_JAX_DEBUG", "") not in ("", "0")
+    try:
+        with _messages_on_stderr():
+            args = parse(argv)
+            _announce(args)
+            if getattr(args, "json", False):
+                with contextlib.redirect_stdout(sys.stderr):
+                    document = args.command.run(args)
+                print(json.dumps(document))
+            else:
+                args.command.run(args)
+        return 0
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has left. Python would complain once more when it flushes stdout on exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (UserError, OSError) as error:
+        if debug:
+            raise
+        _say(f"error: {_one_line(error)}")
+        return 2
+    except Exception as error:
+        if debug or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _say(f"error: the device is out of memory ({_one_line(error)}); ask for fewer frames, a smaller size or batch")
+        return 2
+
+
+def entry_point() -> NoReturn:
+    sys.exit(main())
+
+
+def _announce(args: argparse.Namespace) -> None:
+    """The head of every run: what it runs on, and what stands idle."""
+    from sora_jax.runtime import describe_devices, enable_compile_cache
+
+    enable_compile_cache()
+    devices = describe_devices(getattr(args, "dtype", None) or "auto")
+    _say(f"{__version__} · {devices.line}", separator=" ")
+    for line in devices.idle:
+        _say(f"warning: {line}")
+
+
+@contextlib.contextmanager
+def _messages_on_stderr() -> Iterator[None]:
+    """Warnings and the package's log as one line each."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        _say(f"warning: {_one_line(message)}")
+
+    logger = logging.getLogger("sora_jax")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _say(message: str, separator: str = ": ") -> None:
+    print(f"{PROGRAM}{separator}{message}", file=sys.stderr, flush=True)
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())

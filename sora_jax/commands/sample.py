@@ -1,0 +1,327 @@
+"""`sora-jax sample`: prompts in, videos out."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sora_jax.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from sora_jax.pipeline import Video
+    from sora_jax.record import Record
+
+HELP = "make videos from prompts"
+EXAMPLES = """
+    sora-jax sample "a red ball bounces on a blue floor"
+    sora-jax sample "a green square slides left" --seed 7 --steps 50 --out slide.gif --scale 4
+    sora-jax sample "a red ball falls" "a blue ball rests" --out videos/
+    sora-jax sample "the ball rolls away" --image first.png
+    sora-jax sample --prompts prompts.txt --out videos/ --json
+    sora-jax sample --like ball.mp4 --seed 8
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what")
+    what.add_argument("prompt", nargs="*", metavar="PROMPT", help="what the video shows; several prompts make several")
+    what.add_argument(
+        "--prompts", metavar="FILE", help=".txt: a prompt a line; .csv or .jsonl: prompt, negative_prompt, seed, out"
+    )
+    what.add_argument("--negative-prompt", metavar="TEXT", help="what it should not show")
+    what.add_argument("--image", metavar="FILE", help="the first frame")
+    what.add_argument("--last-image", metavar="FILE", help="the last frame")
+    what.add_argument("--like", metavar="FILE", help="take prompt and settings from a file that this command wrote")
+    size = parser.add_argument_group("size (default: what the model was trained for)")
+    size.add_argument("--frames", type=int, metavar="T", help="1 + 4k")
+    size.add_argument("--seconds", type=float, metavar="S", help="instead of --frames: 1 + 4 round(S fps / 4)")
+    size.add_argument("--height", type=int, metavar="PIXELS")
+    size.add_argument("--width", type=int, metavar="PIXELS")
+    how = parser.add_argument_group("how")
+    how.add_argument("--model", metavar="MODEL", help="a shipped name, a model folder or URL, or a workdir (world)")
+    how.add_argument("--steps", type=int, metavar="N", help="solver steps; more is slower and finer")
+    how.add_argument("--guidance", type=float, metavar="W", help="how strongly the prompt is followed; 1 = as trained")
+    how.add_argument("--solver", metavar="NAME", help="euler, heun or unipc")
+    how.add_argument("--shift", type=float, metavar="S", help="time spent at high noise; larger for larger videos")
+    how.add_argument("--seed", type=int, metavar="N", help="the same seed makes the same video (0)")
+    how.add_argument(
+        "--num-videos", type=int, default=1, metavar="N", help="of each prompt, with seeds SEED, SEED + 1 ..."
+    )
+    how.add_argument("--dtype", metavar="DTYPE", default="auto", help="auto, float32 or bfloat16")
+    how.add_argument("--mesh", metavar="AXIS=N,...", help="spread over devices, as in fsdp=4,sequence=2")
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "-o",
+        "--out",
+        metavar="PATH",
+        help="file (.mp4 .mov .webm .gif .png .npy), a folder for the frames, or FOLDER/ to put SLUG-SEED.mp4 in",
+    )
+    files.add_argument("--fps", type=float, metavar="N", help="frames a second in the file (the model's own)")
+    files.add_argument("--scale", type=int, default=1, metavar="N", help="enlarge each pixel to NxN in the file")
+    files.add_argument("--force", action="store_true", help="overwrite files")
+    files.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video that was asked for."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    out: str
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    like = _record_of(args.like) if args.like else None
+    jobs = plan(args, like)
+    settings = _settings(args, like)
+    model = args.model or (like.model if like else "world")
+    frames = settings.get("frames")
+    for job in jobs:
+        _check_out(job.out, frames, args.force)
+    if args.scale < 1:
+        raise UserError(f"--scale must be a whole number >= 1, not {args.scale}")
+
+    started = time.perf_counter()
+    from sora_jax.pipeline import Pipeline
+    from sora_jax.sharding import make_mesh
+
+    pipe = Pipeline.load(model, dtype=args.dtype, mesh=make_mesh(_mesh_sizes(args.mesh)) if args.mesh else None)
+    seconds = {"load": time.perf_counter() - started, "sample": 0.0, "decode": 0.0, "write": 0.0}
+    made = []
+    for job in jobs:
+        with _progress(f"{job.prompt[:40]}, seed {job.seed}") as progress:
+            clock = Clock(progress)
+            video = pipe.sample(
+                job.prompt, negative_prompt=job.negative_prompt, seed=job.seed, progress=clock, **settings
+            )
+            clock.finish()
+        writing = time.perf_counter()
+        _write(video, job.out, args)
+        seconds["sample"] += clock.sampled
+        seconds["decode"] += clock.decoded
+        seconds["write"] += time.perf_counter() - writing
+        made.append(_describe(video, job, args.fps))
+        _report(made[-1], args.json)
+    seconds["total"] = time.perf_counter() - started
+    split = " · ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    print(split.replace("sample", "compile and sample"), file=sys.stderr)
+    return {"model": made[0]["record"]["model"], "videos": made, "seconds": seconds}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is asked for
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plan(args: argparse.Namespace, like: Record | None = None) -> list[Job]:
+    """Every video to make, each with the path it goes to; raises `UserError` before anything is loaded."""
+    rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in args.prompt]
+    if args.prompts:
+        rows += read_prompts(Path(args.prompts))
+    if not rows and like:
+        rows = [{"prompt": like.prompt}]
+    if not rows:
+        raise UserError('no prompt; say what the video shows: sora-jax sample "a red ball bounces on a blue floor"')
+    if args.num_videos < 1:
+        raise UserError(f"--num-videos must be >= 1, not {args.num_videos}")
+    negative = args.negative_prompt if args.negative_prompt is not None else like.negative_prompt if like else ""
+    seed = args.seed if args.seed is not None else like.seed if like else 0
+    jobs = []
+    for row in rows:
+        if not row["prompt"].strip():
+            raise UserError("empty prompt; say what the video shows")
+        first = seed if row.get("seed") is None else row["seed"]
+        for k in range(args.num_videos):
+            name = f"{slug(row['prompt'])}-{first + k}.mp4"
+            jobs.append(Job(row["prompt"], row.get("negative_prompt", negative), first + k, row.get("out") or name))
+    if args.out and args.out.endswith("/"):
+        jobs = [dataclasses.replace(job, out=args.out + job.out) for job in jobs]
+    elif args.out and len(jobs) > 1:
+        raise UserError(f"--out {args.out} is one file for {len(jobs)} videos; end it in / to name a folder")
+    elif args.out:
+        jobs = [dataclasses.replace(jobs[0], out=args.out)]
+    taken: set[str] = set()
+    for job in jobs:
+        if job.out in taken:
+            raise UserError(f"two videos would be written to {job.out}; give them different seeds or names")
+        taken.add(job.out)
+    return jobs
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of prompts: {"prompt", and where given "negative_prompt", "seed", "out"}."""
+    if path.suffix not in (".txt", ".csv", ".jsonl"):
+        raise UserError(f'{path}: unknown type of prompt file "{path.suffix}"; known: .txt, .csv, .jsonl')
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text") from error
+    rows: list[dict[str, Any]]
+    if path.suffix == ".txt":
+        rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
+    elif path.suffix == ".csv":
+        rows = [{k: v for k, v in row.items() if v not in (None, "")} for row in csv.DictReader(text.splitlines())]
+    else:
+        rows = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+    known = ("prompt", "negative_prompt", "seed", "out")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise UserError(f"{path}, entry {number}: no prompt; its fields are {', '.join(known)}")
+        for name in row:
+            if name not in known:
+                raise UserError(f'{path}, entry {number}: unknown field "{name}"; {nearest(str(name), known)}')
+        try:
+            row["seed"] = int(row["seed"]) if "seed" in row else None
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}, entry {number}: seed {row['seed']!r} is not a whole number") from error
+    if not rows:
+        raise UserError(f"{path} holds no prompt")
+    return rows
+
+
+def slug(prompt: str, length: int = 60) -> str:
+    """A file name from a prompt: its letters and digits, in words.
+
+    >>> slug("A red ball, bouncing!")
+    'a-red-ball-bouncing'
+    """
+    letters = unicodedata.normalize("NFKC", prompt).lower()
+    words = "".join(c if c.isalnum() else " " for c in letters).split()
+    name = ""
+    for word in words:
+        longer = f"{name}-{word}" if name else word[:length]
+        if len(longer) > length:
+            break
+        name = longer
+    return name or "video"
+
+
+def _settings(args: argparse.Namespace, like: Record | None) -> dict[str, Any]:
+    """What goes to `Pipeline.sample` beside prompt and seed: flags first, then the file that is taken after."""
+    names = ("frames", "seconds", "height", "width", "steps", "guidance", "solver", "shift")
+    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    images = {"image": args.image, "last_image": args.last_image}
+    if "frames" in settings and "seconds" in settings:
+        raise UserError("--frames and --seconds say the same thing; give one of them")
+    if like:
+        for name in names:
+            # The record holds the frame count that seconds came to.
+            if getattr(like, name, None) is not None and not (name == "frames" and "seconds" in settings):
+                settings.setdefault(name, getattr(like, name))
+        images = {role: given or like.given.get(role) for role, given in images.items()}
+    settings |= {role: file for role, file in images.items() if file}
+    return settings
+
+
+def _record_of(path: str) -> Record:
+    from sora_jax.media import read_media
+
+    record = read_media(path).record
+    if record is None:
+        raise UserError(f"{path} holds no record of how it was made; only files that sora-jax wrote do")
+    return record
+
+
+def _mesh_sizes(text: str) -> dict[str, int]:
+    sizes = {}
+    for part in text.split(","):
+        axis, _, count = part.partition("=")
+        if not count.lstrip("-").isdecimal():
+            raise UserError(f'--mesh: "{part}" is not AXIS=NUMBER, as in fsdp=4,sequence=2')
+        sizes[axis.strip()] = int(count)
+    return sizes
+
+
+def _check_out(out: str, frames: int | None, force: bool) -> None:
+    from sora_jax.media import check_writable
+
+    check_writable(out, frames=frames, overwrite=force)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is made
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _write(video: Video, out: str, args: argparse.Namespace) -> None:
+    from sora_jax.media import write_media
+
+    write_media(video.frames, out, video.record, fps=args.fps or video.fps, scale=args.scale, overwrite=args.force)
+
+
+def _describe(video: Video, job: Job, fps: float | None) -> dict[str, Any]:
+    count, height, width, _ = video.frames.shape
+    return {
+        "path": job.out,
+        "frames": count,
+        "height": height,
+        "width": width,
+        "fps": fps or video.fps,
+        "record": json.loads(video.record.to_json()),
+    }
+
+
+def _report(made: dict[str, Any], quiet: bool) -> None:
+    if not quiet:
+        print(made["path"], flush=True)
+    length = made["frames"] / made["fps"]
+    print(
+        f"{made['frames']} frames of {made['width']}x{made['height']} at {made['fps']:g} fps = {length:.2f} s",
+        file=sys.stderr,
+    )
+
+
+class Clock:
+    """Told of every step; splits the time before the last one (compile and sample) from the time after it (decode)."""
+
+    def __init__(self, then: Callable[[int, int], None]):
+        self.then = then
+        self.started = self.stepped = self.ended = time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        self.stepped = time.perf_counter()
+        self.then(done, total)
+
+    def finish(self) -> None:
+        self.ended = time.perf_counter()
+
+    @property
+    def sampled(self) -> float:
+        return self.stepped - self.started
+
+    @property
+    def decoded(self) -> float:
+        return self.ended - self.stepped
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, nothing in a log."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
