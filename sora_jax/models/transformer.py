@@ -218,7 +218,7 @@ class Transformer(nnx.Module):
 
         graphdef, layers = nnx.split(self.blocks, graph=False)
 
-        def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
+        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
             return nnx.merge(graphdef, layer)(x, level_rows, text, turn, condition), None
 
         policy = REMAT[cfg.remat]

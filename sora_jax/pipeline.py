@@ -1,0 +1,388 @@
+"""The one door for users: load a model, make videos.
+
+    pipe = Pipeline.load("world")
+    video = pipe.sample("a red ball bounces on a blue floor")
+    video.save("ball.mp4")
+
+    canvas ── layout ── noise ──► denoise, step by step ──► decode, latent by latent ──► frames
+
+The pieces are public too: `encode_text`, `velocity`, `encode`, `decode`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from sora_jax import canvas as canvases
+from sora_jax import runtime
+from sora_jax.canvas import Canvas, Layout, lay_out
+from sora_jax.diffusion.guidance import Velocity, classifier_free_guidance, guided_condition
+from sora_jax.diffusion.sampler import denoise, find_solver, level_schedule, schedule_table, start
+from sora_jax.errors import UserError, nearest
+from sora_jax.media import check_writable, write_media
+from sora_jax.models.autoencoder import Autoencoder, decode_stream, encode_stream
+from sora_jax.models.text_encoder import TextEncoder
+from sora_jax.models.transformer import Transformer
+from sora_jax.record import Record
+from sora_jax.shapes import Condition, Extent, frames_for_seconds
+from sora_jax.tokens.patchify import patchify, unpatchify
+from sora_jax.weights.layout import ModelFolder, load_folder
+
+SHIPPED = {"world": "world-1", "world-1": "world-1"}  # a bare name means the newest version
+MODEL_TIME = 1000.0  # the model's time is 1000 * sigma
+
+Progress = Callable[[str, int, int], None]
+"""`progress(stage, done, total)` after each step of "denoise" and each frame of "decode"."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """What a model made, and how. `frames` are untouched by watermark and codec, which come with `save`."""
+
+    frames: UInt8[np.ndarray, "T H W 3"] | Float[np.ndarray, "T H W 3"]  # float: in [0, 1]
+    fps: float
+    record: Record
+
+    def save(self, path: epath.PathLike, **options: Any) -> None:
+        """Write the video with its record; the suffix of `path` chooses the format (see `media.write_media`)."""
+        check_writable(path)
+        write_media(self.frames, path, self.record, fps=self.fps, **options)
+
+
+class Pipeline:
+    """A model's networks and parameters, and what turns them into videos."""
+
+    def __init__(self, folder: ModelFolder, name: str, dtype: str = "auto"):
+        self.folder = folder
+        self.name = name
+        self.dtype = runtime.compute_dtype(dtype)
+        self.stride = folder.autoencoder_config.stride
+        self.patch = folder.transformer_config.patch
+        self.params = folder.transformer
+        self._transformer = _structure(lambda rngs: Transformer(folder.transformer_config, rngs=rngs))
+        self._text_encoder = _structure(lambda rngs: TextEncoder(folder.text_encoder_config, rngs=rngs))
+        self._autoencoder = _structure(lambda rngs: Autoencoder(folder.autoencoder_config, rngs=rngs))
+        # One function object each for the life of the pipeline: compiled programs are kept by them.
+        self.velocity: Velocity = _make_velocity(self._transformer, self.dtype)
+        self._guided: Velocity = classifier_free_guidance(self.velocity)
+
+    @classmethod
+    def load(cls, model: epath.PathLike = "world", *, dtype: str = "auto") -> Pipeline:
+        """`model` is the name of a model that ships with the package, or the path or URL of a model folder."""
+        runtime.enable_compile_cache()
+        path = find_model(model)
+        folder = load_folder(path)
+        return cls(folder, folder.defaults.version or path.name, dtype)
+
+    # -------------------------------------------------------------------------------------------- sampling
+
+    def sample(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        frames: int | None = None,
+        seconds: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        image: UInt8[np.ndarray, "H W 3"] | None = None,
+        video: UInt8[np.ndarray, "T0 H W 3"] | None = None,
+        seed: int | Sequence[int] = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        solver: str | None = None,
+        shift: float | None = None,
+        negative_prompt: str | None = None,
+        noise: Float[np.ndarray, "B F h w C"] | None = None,
+        output: str = "uint8",
+        progress: Progress | None = None,
+    ) -> Any:
+        """A `Video` for a prompt, or a list of them for a list of prompts.
+
+        `frames` (1 + 4k; or `seconds`), `height` and `width` default to the model's; so do `steps`, `guidance` (1: follow
+        the model as trained), `solver` and `shift`. `image` gives the first frame and `video` the first 1 + 4j frames.
+        With a list of prompts, `seed` is one per prompt, or the first of consecutive ones; every video is what its seed
+        makes alone. `noise` replaces what the seeds draw. `output` is "uint8", or "float32" in [0, 1].
+        Raises `UserError` for anything that cannot be made as asked.
+        """
+        if output not in ("uint8", "float32"):
+            raise UserError(f"unknown output {output!r}: {nearest(output, ['uint8', 'float32'])}")
+        alone = isinstance(prompt, str)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise UserError("no prompt was given: name at least one")
+        extent = self.extent(frames, seconds, height, width)
+        if image is not None and video is not None:
+            raise UserError("image and video both give the beginning: name one")
+        given = image[None] if image is not None else video
+        drawn = [
+            canvases.text_to_video(text, extent) if given is None else canvases.extend(text, given, extent)
+            for text in prompts
+        ]
+        made = self.sample_canvases(
+            drawn,
+            seeds=_seeds(seed, len(prompts)),
+            steps=steps,
+            guidance=guidance,
+            solver=solver,
+            shift=shift,
+            negative_prompt=negative_prompt,
+            noise=noise,
+            output=output,
+            progress=progress,
+        )
+        return made[0] if alone else made
+
+    def sample_canvases(
+        self,
+        drawn: Sequence[Canvas],
+        *,
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance: float | None = None,
+        solver: str | None = None,
+        shift: float | None = None,
+        negative_prompt: str | None = None,
+        noise: Float[np.ndarray, "B F h w C"] | None = None,
+        output: str = "uint8",
+        progress: Progress | None = None,
+    ) -> list[Video]:
+        """Videos from canvases of one layout, as one batch. Options are those of `sample`."""
+        defaults, scheduler = self.folder.defaults, self.folder.scheduler
+        steps = defaults.steps if steps is None else steps
+        guidance = defaults.guidance if guidance is None else guidance
+        shift = scheduler.shift if shift is None else shift
+        negative_prompt = defaults.negative_prompt if negative_prompt is None else negative_prompt
+        solver_name = scheduler.solver if solver is None else solver
+        chosen = find_solver(solver_name)
+        levels = level_schedule(steps, shift)
+        if not math.isfinite(guidance):
+            raise UserError(f"guidance must be a finite number, not {guidance}")
+        for one in drawn:
+            for text in one.prompts:
+                if not text.strip():
+                    raise UserError("the prompt is empty: say what the video shows")
+
+        # 1. the canvas as rows of tokens
+        layout = lay_out(drawn[0], self.stride, self.patch)
+        rows = len(drawn)
+        clean = np.stack([self._given_latents(one, layout) for one in drawn])
+        clean_tokens = jnp.asarray(self._to_tokens(clean, layout))
+        noise_latents = np.stack([self.noise(layout, seed) for seed in seeds]) if noise is None else noise
+        if noise_latents.shape != clean.shape:
+            raise UserError(f"noise has the shape {noise_latents.shape}; these videos need {clean.shape}")
+        noise_tokens = jnp.asarray(self._to_tokens(np.asarray(noise_latents, np.float32), layout))
+
+        # 2. the text, with and without the prompt
+        condition: Any = self.condition(layout, [one.prompts for one in drawn])
+        velocity = self.velocity
+        if guidance != 1.0:
+            without = self.condition(layout, [(negative_prompt,) * len(one.prompts) for one in drawn])
+            condition = guided_condition(condition, without, jnp.full((rows,), guidance, jnp.float32))
+            velocity = self._guided
+
+        # 3. lower the levels. A chunk is one step: any number of steps shares one program, and a step outlasts its dispatch.
+        schedule = schedule_table(levels, np.tile(layout.given_groups, (rows, 1)))
+        state = start(
+            chosen, clean_tokens, noise_tokens, jnp.asarray(schedule[0]), condition.given, condition.level_ids
+        )
+        for i in range(steps):
+            state = denoise(velocity, self.params, condition, state, schedule[i : i + 2], solver=chosen)
+            if progress is not None:
+                jax.block_until_ready(state.tokens)
+                progress("denoise", i + 1, steps)
+
+        # 4. frames
+        frames = self._decode_tokens(state.tokens, layout, output, progress)
+        return [
+            Video(
+                frames[k],
+                defaults.fps,
+                Record(
+                    prompt=" | ".join(drawn[k].prompts),
+                    seed=int(seeds[k]),
+                    model=self.name,
+                    negative_prompt=negative_prompt,
+                    frames=drawn[k].frames,
+                    height=drawn[k].height,
+                    width=drawn[k].width,
+                    fps=defaults.fps,
+                    steps=steps,
+                    guidance=float(guidance),
+                    solver=solver_name,
+                    shift=float(shift),
+                ),
+            )
+            for k in range(rows)
+        ]
+
+    def extent(
+        self, frames: int | None = None, seconds: float | None = None, height: int | None = None, width: int | None = None
+    ) -> Extent:
+        """The size that is asked for, in pixels, with the model's defaults for what is not said."""
+        defaults = self.folder.defaults
+        if seconds is not None:
+            if frames is not None:
+                raise UserError("frames and seconds both give the duration: name one")
+            frames = frames_for_seconds(seconds, defaults.fps, self.stride.time * self.patch.time)
+        return Extent(
+            defaults.frames if frames is None else frames,
+            defaults.height if height is None else height,
+            defaults.width if width is None else width,
+        )
+
+    # -------------------------------------------------------------------------------------------- pieces
+
+    def condition(self, layout: Layout, prompts: Sequence[Sequence[str]]) -> Condition:
+        """What the model is told about B rows of one layout, with a prompt per span in each."""
+        rows = len(prompts)
+        text, text_ids = self.encode_text(prompts)
+
+        def tile(array: np.ndarray) -> jax.Array:
+            return jnp.asarray(np.broadcast_to(array, (rows, *array.shape)))
+
+        return Condition(
+            positions=tile(layout.positions),
+            segment_ids=tile(layout.segment_ids),
+            prompt_ids=tile(layout.prompt_ids),
+            level_ids=tile(layout.level_ids),
+            given=tile(layout.given),
+            text=text,
+            text_ids=text_ids,
+        )
+
+    def encode_text(
+        self, prompts: Sequence[Sequence[str]]
+    ) -> tuple[Float[Array, "B L E"], Int[Array, "B L"]]:
+        """Text embeddings of B rows of prompts and their `text_ids`. Every prompt has the tokenizer's `max_length` places
+        in its row, whatever its length: one program for all prompts, and the same numbers in any batch."""
+        tokenizer = self.folder.tokenizer
+        places = tokenizer.max_length
+        tokens = np.full((len(prompts), places * len(prompts[0])), tokenizer.pad_id, np.int32)
+        text_ids = np.zeros_like(tokens)
+        for b, row in enumerate(prompts):
+            for s, prompt in enumerate(row):
+                ids = tokenizer.encode(prompt)
+                where = slice(s * places, s * places + len(ids))
+                tokens[b, where], text_ids[b, where] = ids, s + 1
+        text = _encode_text(self._text_encoder, self.folder.text_encoder, tokens, text_ids, self.dtype)
+        return text, jnp.asarray(text_ids)
+
+    def encode(self, video: UInt8[np.ndarray, "B T H W 3"]) -> Float[np.ndarray, "B F h w C"]:
+        """Normalised latents of videos (their posterior's mean), float32; streamed, so memory is flat in T."""
+        pixels = video.astype(np.float32) / 127.5 - 1.0
+        stream = encode_stream(self._autoencoder, self.folder.autoencoder, pixels)
+        latents = jnp.concatenate([posterior.mean for posterior in stream], axis=1)
+        return np.asarray(nnx.merge(self._autoencoder, self.folder.autoencoder).normalize(latents), np.float32)
+
+    def decode(
+        self,
+        latents: Float[np.ndarray, "B F h w C"] | Float[Array, "B F h w C"],
+        output: str = "uint8",
+        progress: Progress | None = None,
+    ) -> UInt8[np.ndarray, "B T H W 3"] | Float[np.ndarray, "B T H W 3"]:
+        """Frames of normalised latents; streamed latent by latent, so memory on the device is flat in duration."""
+        raw = nnx.merge(self._autoencoder, self.folder.autoencoder).denormalize(jnp.asarray(latents))
+        pieces = []
+        for done, piece in enumerate(decode_stream(self._autoencoder, self.folder.autoencoder, raw.astype(self.dtype))):
+            unit = np.clip((np.asarray(piece, np.float32) + 1.0) / 2.0, 0.0, 1.0)
+            pieces.append(np.round(unit * 255.0).astype(np.uint8) if output == "uint8" else unit)
+            if progress is not None:
+                progress("decode", done + 1, raw.shape[1])
+        return np.concatenate(pieces, axis=1)
+
+    def noise(self, layout: Layout, seed: int) -> Float[np.ndarray, "F h w C"]:
+        """The noise that `seed` draws for a canvas: the same on any device and in any batch."""
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, not {seed}")
+        frames = sum(extent.frames for extent in layout.latents)
+        _, height, width = layout.latents[0]
+        shape = (frames, height, width, self.folder.autoencoder_config.z_dim)
+        return np.asarray(_draw_noise(seed, shape))
+
+    # -------------------------------------------------------------------------------------------- canvas <-> tokens
+
+    def _given_latents(self, one: Canvas, layout: Layout) -> Float[np.ndarray, "F h w C"]:
+        """Latents of the whole canvas, zeros where nothing is given."""
+        channels = self.folder.autoencoder_config.z_dim
+        pieces = []
+        for span, extent in zip(one.spans, layout.latents, strict=True):
+            latents = np.zeros((*extent, channels), np.float32)
+            if span.given is not None:
+                given = self.encode(span.given[None])[0]
+                latents[: len(given)] = given
+            pieces.append(latents)
+        return np.concatenate(pieces)
+
+    def _to_tokens(self, latents: Float[np.ndarray, "B F h w C"], layout: Layout) -> Float[np.ndarray, "B N P"]:
+        spans = np.split(latents, np.cumsum([extent.frames for extent in layout.latents])[:-1], axis=1)
+        return np.concatenate([patchify(span, self.patch) for span in spans], axis=1)
+
+    def _decode_tokens(
+        self, tokens: Float[Array, "B N P"], layout: Layout, output: str, progress: Progress | None
+    ) -> np.ndarray:
+        lengths = [extent.volume // (self.patch.time * self.patch.height * self.patch.width) for extent in layout.latents]
+        spans = jnp.split(tokens, np.cumsum(lengths)[:-1], axis=1)
+        return np.concatenate(
+            [
+                self.decode(unpatchify(span, extent, self.patch), output, progress)
+                for span, extent in zip(spans, layout.latents, strict=True)
+            ],
+            axis=1,
+        )
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+
+
+def find_model(model: epath.PathLike) -> epath.Path:
+    """The folder of a shipped name, or of a path or URL. Raises `UserError` naming what is known."""
+    name = str(model)
+    if name in SHIPPED:
+        return epath.Path(Path(__file__).parent / "shipped" / SHIPPED[name])
+    path = epath.Path(model)
+    if not path.exists():
+        raise UserError(f"unknown model {name!r}: no folder of that name, and {nearest(name, SHIPPED)}")
+    return path
+
+
+def _structure(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.GraphDef:
+    """A module's structure, without making its parameters."""
+    return nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), graph=False)[0]
+
+
+def _make_velocity(graphdef: nnx.GraphDef, dtype: jnp.dtype) -> Velocity:
+    def velocity(params: Any, tokens: jax.Array, levels: jax.Array, condition: Condition) -> jax.Array:
+        return nnx.merge(graphdef, params)(tokens, MODEL_TIME * levels, condition, dtype=dtype)
+
+    return velocity
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+def _encode_text(
+    graphdef: nnx.GraphDef, params: Any, tokens: jax.Array, text_ids: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    return nnx.merge(graphdef, params)(tokens, text_ids, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("shape",))
+def _draw_noise(seed: Any, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    seeds = list(range(seed, seed + count)) if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise UserError(f"{count} prompts and {len(seeds)} seeds were given: give one each, or one in all")
+    return seeds
