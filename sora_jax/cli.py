@@ -90,7 +90,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if flag is None:
             raise UserError(f'unexpected argument "{unknown[0]}" (see {parser.prog} --help)')
         flag = flag.partition("=")[0]
-        raise UserError(f"unknown flag {flag}; {nearest(flag, parser.flags)}")
+        hint = nearest(flag, parser.flags).partition(" (")[0]  # the list of all flags is what --help is for
+        raise UserError(f"unknown flag {flag}; {hint if hint.endswith('?') else f'see {parser.prog} --help'}")
     args.command, args.overrides = module, overrides
     return args
 

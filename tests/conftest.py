@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests must not read compiled programs that an older tree wrote, nor leave any behind.
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
 import jax
@@ -18,9 +19,71 @@ jax.config.update("jax_num_cpu_devices", 8)
 _hook = install_import_hook("sora_jax", "typechecking.checked")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests read no compiled programs that an older tree wrote, and leave none behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def one_device_mesh() -> jax.sharding.Mesh:
     """The mesh that most code runs on; `with jax.set_mesh(one_device_mesh):` around annotated initialisers."""
     from sora_jax.sharding import make_mesh
 
     return make_mesh({"data": 1}, jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of the world model's form, tiny and with random weights: 5 frames of 16x16, 8 fps."""
+    from flax import nnx
+
+    from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+    from sora_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+    from sora_jax.models.tokenizer import ByteTokenizer
+    from sora_jax.models.transformer import Transformer, TransformerConfig
+    from sora_jax.shapes import Stride
+    from sora_jax.weights.defaults import SamplingDefaults, SchedulerDefaults
+    from sora_jax.weights.layout import ModelFolder, save_folder
+
+    transformer = TransformerConfig(
+        n_layers=2,
+        n_heads=2,
+        head_dim=8,
+        ffn_dim=32,
+        in_channels=8,
+        out_channels=8,
+        patch=Stride(1, 1, 1),
+        text_dim=16,
+        frequency_dim=16,
+    )
+    autoencoder = AutoencoderConfig(
+        base_dim=4,
+        z_dim=8,
+        dim_mult=(1, 4, 4),
+        num_res_blocks=1,
+        temperal_downsample=(True, True),
+        is_residual=True,
+        patch_size=2,
+    )
+    text_encoder = TextEncoderConfig(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+
+    def random(module: nnx.Module) -> nnx.State:
+        return nnx.split(module, graph=False)[1]
+
+    model = ModelFolder(
+        transformer,
+        random(Transformer(transformer, rngs=nnx.Rngs(0))),
+        autoencoder,
+        random(Autoencoder(autoencoder, rngs=nnx.Rngs(1))),
+        text_encoder,
+        random(TextEncoder(text_encoder, rngs=nnx.Rngs(2))),
+        ByteTokenizer(max_length=96),
+        SchedulerDefaults("unipc", 1.0),
+        SamplingDefaults("tiny-1", frames=5, height=16, width=16, fps=8.0, steps=2, guidance=2.0),
+    )
+    path = tmp_path_factory.mktemp("models") / "tiny-1"
+    save_folder(path, model)
+    return path

@@ -87,7 +87,9 @@ def test_imports_point_one_way(path):
     for name, line, _ in imports(path):
         target = ours(name)
         if target is not None and target != room:
-            assert LAYER[target] < LAYER[room], f"{path}:{line}: {room} imports {target}, which stands above or beside it"
+            assert LAYER[target] < LAYER[room], (
+                f"{path}:{line}: {room} imports {target}, which stands above or beside it"
+            )
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if room_of(p) == "data"], ids=lambda path: path.name)
@@ -147,7 +149,9 @@ def run_python(code: str) -> str:
 
 def test_importing_the_package_and_its_help_loads_no_jax():
     assert run_python("import sora_jax, sys; print('jax' in sys.modules)") == "False"
-    code = "import sys; from sora_jax import cli; code = cli.main(['sample', '--help']); print(code, 'jax' in sys.modules)"
+    code = (
+        "import sys; from sora_jax import cli; code = cli.main(['sample', '--help']); print(code, 'jax' in sys.modules)"
+    )
     assert run_python(code).splitlines()[-1] == "0 False"
 
 

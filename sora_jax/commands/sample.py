@@ -9,7 +9,7 @@ import json
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from sora_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from sora_jax.pipeline import Video
+    import numpy as np
+
+    from sora_jax.pipeline import Pipeline, Progress, Video
     from sora_jax.record import Record
 
 HELP = "make videos from prompts"
@@ -77,7 +79,7 @@ class Job:
     """One video that was asked for."""
 
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None  # None: the model's own
     seed: int
     out: str
 
@@ -86,38 +88,40 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     like = _record_of(args.like) if args.like else None
     jobs = plan(args, like)
     settings = _settings(args, like)
-    model = args.model or (like.model if like else "world")
-    frames = settings.get("frames")
     for job in jobs:
-        _check_out(job.out, frames, args.force)
+        _check_out(job.out, settings.get("frames"), args.force)
     if args.scale < 1:
         raise UserError(f"--scale must be a whole number >= 1, not {args.scale}")
+    given = _given_files(args, like)
+    images = {role: _read_image(file) for role, file in given.items()}
 
     started = time.perf_counter()
-    from sora_jax.pipeline import Pipeline
-    from sora_jax.sharding import make_mesh
-
-    pipe = Pipeline.load(model, dtype=args.dtype, mesh=make_mesh(_mesh_sizes(args.mesh)) if args.mesh else None)
-    seconds = {"load": time.perf_counter() - started, "sample": 0.0, "decode": 0.0, "write": 0.0}
+    pipe = _load(args, like)
+    seconds = {"load": time.perf_counter() - started, "compile and sample": 0.0, "decode": 0.0, "write": 0.0}
     made = []
     for job in jobs:
         with _progress(f"{job.prompt[:40]}, seed {job.seed}") as progress:
             clock = Clock(progress)
             video = pipe.sample(
-                job.prompt, negative_prompt=job.negative_prompt, seed=job.seed, progress=clock, **settings
+                job.prompt,
+                negative_prompt=job.negative_prompt,
+                seed=job.seed,
+                progress=clock,
+                **settings,
+                **images,
             )
             clock.finish()
+        video = dataclasses.replace(video, record=dataclasses.replace(video.record, given=given))
         writing = time.perf_counter()
         _write(video, job.out, args)
-        seconds["sample"] += clock.sampled
+        seconds["compile and sample"] += clock.sampled
         seconds["decode"] += clock.decoded
         seconds["write"] += time.perf_counter() - writing
         made.append(_describe(video, job, args.fps))
         _report(made[-1], args.json)
     seconds["total"] = time.perf_counter() - started
-    split = " · ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    print(split.replace("sample", "compile and sample"), file=sys.stderr)
-    return {"model": made[0]["record"]["model"], "videos": made, "seconds": seconds}
+    print(" · ".join(f"{name} {value:.1f} s" for name, value in seconds.items()), file=sys.stderr)
+    return {"model": pipe.name, "videos": made, "seconds": seconds}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,7 +140,9 @@ def plan(args: argparse.Namespace, like: Record | None = None) -> list[Job]:
         raise UserError('no prompt; say what the video shows: sora-jax sample "a red ball bounces on a blue floor"')
     if args.num_videos < 1:
         raise UserError(f"--num-videos must be >= 1, not {args.num_videos}")
-    negative = args.negative_prompt if args.negative_prompt is not None else like.negative_prompt if like else ""
+    negative = args.negative_prompt
+    if negative is None and like:
+        negative = like.negative_prompt
     seed = args.seed if args.seed is not None else like.seed if like else 0
     jobs = []
     for row in rows:
@@ -219,17 +225,38 @@ def _settings(args: argparse.Namespace, like: Record | None) -> dict[str, Any]:
     """What goes to `Pipeline.sample` beside prompt and seed: flags first, then the file that is taken after."""
     names = ("frames", "seconds", "height", "width", "steps", "guidance", "solver", "shift")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    images = {"image": args.image, "last_image": args.last_image}
     if "frames" in settings and "seconds" in settings:
         raise UserError("--frames and --seconds say the same thing; give one of them")
-    if like:
-        for name in names:
-            # The record holds the frame count that seconds came to.
-            if getattr(like, name, None) is not None and not (name == "frames" and "seconds" in settings):
-                settings.setdefault(name, getattr(like, name))
-        images = {role: given or like.given.get(role) for role, given in images.items()}
-    settings |= {role: file for role, file in images.items() if file}
+    for name in names:
+        # The record holds the frame count that seconds came to.
+        recorded = getattr(like, name, None)
+        if recorded is not None and not (name == "frames" and "seconds" in settings):
+            settings.setdefault(name, recorded)
     return settings
+
+
+def _given_files(args: argparse.Namespace, like: Record | None) -> dict[str, str]:
+    files = {"image": args.image, "last_image": args.last_image}
+    recorded = like.given if like else {}
+    return {role: file or recorded[role] for role, file in files.items() if file or role in recorded}
+
+
+def _read_image(file: str) -> np.ndarray:
+    """One picture, uint8 [H, W, 3]."""
+    from sora_jax.media import read_media
+
+    frames = read_media(file).frames
+    if len(frames) != 1:
+        raise UserError(f"{file} holds {len(frames)} frames; a picture is needed here")
+    return frames[0]
+
+
+def _load(args: argparse.Namespace, like: Record | None) -> Pipeline:
+    from sora_jax.pipeline import Pipeline
+    from sora_jax.sharding import make_mesh
+
+    options = {"mesh": make_mesh(_mesh_sizes(args.mesh))} if args.mesh else {}
+    return Pipeline.load(args.model or (like.model if like else "world"), dtype=args.dtype, **options)
 
 
 def _record_of(path: str) -> Record:
@@ -291,15 +318,16 @@ def _report(made: dict[str, Any], quiet: bool) -> None:
 
 
 class Clock:
-    """Told of every step; splits the time before the last one (compile and sample) from the time after it (decode)."""
+    """Told of the work's progress; splits its time at the last solver step: compile and sample, then decode."""
 
-    def __init__(self, then: Callable[[int, int], None]):
+    def __init__(self, then: Progress):
         self.then = then
         self.started = self.stepped = self.ended = time.perf_counter()
 
-    def __call__(self, done: int, total: int) -> None:
-        self.stepped = time.perf_counter()
-        self.then(done, total)
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage == "denoise":
+            self.stepped = time.perf_counter()
+        self.then(stage, done, total)
 
     def finish(self) -> None:
         self.ended = time.perf_counter()
@@ -314,14 +342,20 @@ class Clock:
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+def _progress(title: str) -> Iterator[Progress]:
     """A bar on a terminal, nothing in a log."""
     if not sys.stderr.isatty():
-        yield lambda done, total: None
+        yield lambda stage, done, total: None
         return
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress as Bar
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(f"{title}: {stage}", total=total)
+            bar.update(tasks[stage], completed=done)
+
+        yield show
