@@ -1,8 +1,8 @@
 """Configs: Python files that become one frozen tree of dataclasses.
 
 A config file defines `get_config()` and returns an `ml_collections.ConfigDict` with (some of) the sections of `Config`;
-what it leaves out keeps its default. It is found by name (`world`) among the configs that ship with the package, or by path.
-Single values are then set by dotted key, `train.steps=1000`, and take the type of what they replace.
+what it leaves out keeps its default. It is found by name (`world`) among the configs that ship with the package, or by
+path. Single values are then set by dotted key, `train.steps=1000`, and take the type of what they replace.
 
     config = load_config("world", ["train.steps=1000", "optimizer.name=adamw"])
 
@@ -29,6 +29,7 @@ from sora_jax.errors import UserError, nearest
 from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.text_encoder import TextEncoderConfig
 from sora_jax.models.transformer import TransformerConfig
+from sora_jax.training.autoencoder_step import AutoencoderLossConfig
 from sora_jax.training.optimizer import OptimizerConfig
 
 
@@ -46,6 +47,7 @@ class DataConfig:
     width: int = 64
     fps: float = 8.0
     image_share: float = 0.3  # of the clips, cut to one frame
+    prefix_share: float = 0.0  # of the clips, cut to a shorter one (diffusion stage)
     caption_dropout: float = 0.1  # of the clips, with the empty prompt, for classifier-free guidance
     row_tokens: int = 80  # N: tokens in a row
     row_text: int = 160  # L: text tokens in a row
@@ -118,6 +120,7 @@ class Config:
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    reconstruction: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     levels: LevelsConfig = field(default_factory=LevelsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -32,7 +32,12 @@ MANIFEST = "sha256.json"
 _UNHASHED = frozenset({MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"})
 
 
+_log = logging.getLogger(__name__)
+
+
 class Restored(NamedTuple):
+    """A step that was read back."""
+
     step: int
     state: Any  # a tree like the one asked for
     notes: dict[str, Any]
@@ -47,7 +52,7 @@ class Checkpoints:
         *,
         keep: int | None = None,
         read_only: bool = False,
-        say: Callable[[str], None] = logging.getLogger(__name__).warning,
+        say: Callable[[str], None] = _log.warning,
     ):
         self.folder = epath.Path(folder)
         self._say = say
@@ -191,7 +196,7 @@ def _hashes(folder: epath.Path) -> dict[str, str]:
     return hashes
 
 
-# ------------------------------------------------------------------------------------------------------- trees <-> names
+# ------------------------------------------------------------------------------------------------------ trees <-> names
 
 
 def _by_name(tree: Any, part: str = "") -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 - AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101. Weight decay falls on kernels and not on biases, norms, embeddings
   and modulation tables.
-- Muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon): the momentum of a hidden matrix is replaced by the nearest
-  orthogonal matrix, found by a few Newton-Schulz iterations. Every other parameter, and the first and last matrix
-  of a model, are trained by AdamW. With `rms_match` an update is scaled by 0.2 sqrt(max(in, out)), so that its elements have
-  the size that AdamW's usually have, and learning rate and weight decay carry over from it (Liu et al. 2025, arXiv:2502.16982).
+- Muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon): the momentum of a hidden matrix is replaced by the
+  nearest orthogonal matrix, found by a few Newton-Schulz iterations. Every other parameter, and the first and last
+  matrix of a model, are trained by AdamW. With `rms_match` an update is scaled by 0.2 sqrt(max(in, out)), so that its
+  elements have the size that AdamW's usually have, and learning rate and weight decay carry over from it (Liu et al.
+  2025, arXiv:2502.16982).
 
 Parameters are told apart by the names in their path and the number of axes they have without the stacked layer axis.
 """

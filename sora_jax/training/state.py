@@ -24,7 +24,7 @@ from sora_jax import sharding
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """`params` and `ema` map a trained module's name to its NNX state, e.g. {"transformer": ..., "text_encoder": ...}."""
+    """`params` and `ema` map a trained module's name to its NNX state: {"transformer": ..., "text_encoder": ...}."""
 
     # Fields are Any because the same tree also holds shapes and shardings.
     step: Any  # int32: steps taken, skipped ones included

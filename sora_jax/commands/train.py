@@ -1,0 +1,40 @@
+"""`sora-jax train`: train a model, or go on with a run that was stopped."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+HELP = "train a model, or go on with a run that was stopped"
+OVERRIDES = True  # takes --config.a.b=value
+EXAMPLES = """
+    sora-jax train --config world --workdir runs/world
+    sora-jax train --config world --workdir runs/world --config.train.steps=20000
+    sora-jax train --config my_config.py --workdir gs://bucket/run --config.train.mesh.fsdp=4
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="NAME|PATH", help="a config's name or .py file")
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="folder or URL of the run; made, or gone on with"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="the same as --config.train.steps=N")
+    parser.add_argument("--force", action="store_true", help="go on although the workdir was made by another config")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the config and print it as JSON, with every value; train nothing"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from sora_jax import config as configs
+
+    overrides = [*args.overrides, *([] if args.steps is None else [f"train.steps={args.steps}"])]
+    config = configs.load_config(args.config, overrides)
+    if args.dry_run:
+        print(configs.to_json(config), end="")
+        return configs.to_dict(config)
+    from sora_jax.training.loop import train
+
+    summary = train(config, args.workdir, force=args.force)
+    return summary._asdict()

@@ -1,0 +1,326 @@
+"""The training run, top to bottom; both stages go through it.
+
+What a stage is made of (parameters, step, batches, validation, samples) is in `stages`. Here is what a run is made of:
+a mesh, a state that is initialised or restored, a loop, and files in the workdir:
+
+    config.json  metrics.jsonl  tensorboard/  checkpoints/  samples/
+
+A run that is killed at any moment and started again goes on as if it had not been: same batches, same noise, same losses
+to the bit (on the same kind of device). SIGTERM and Ctrl-C end it after the step at hand, with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from sora_jax import config as configs
+from sora_jax import sharding
+from sora_jax.config import Config
+from sora_jax.errors import UserError
+from sora_jax.media import write_media
+from sora_jax.record import Record
+from sora_jax.runtime import compute_dtype
+from sora_jax.training import stages
+from sora_jax.training.checkpoint import Checkpoints
+from sora_jax.training.metrics import Averages, Clock, LateMetrics, MetricsWriter, peak_flops
+from sora_jax.training.optimizer import count_parameters, make_optimizer, make_schedule
+from sora_jax.training.pretrained import load_modules
+from sora_jax.training.progress import Progress, duration
+from sora_jax.training.samples import film_strips, grid
+from sora_jax.training.state import abstract_state, init_state, make_init
+
+Say = Callable[[str], None]
+
+
+class Summary(NamedTuple):
+    """How a run ended."""
+
+    step: int
+    stopped: bool  # by a signal, before its last step
+    metrics: dict[str, float]  # of the last line
+
+
+def train(
+    config: Config,
+    workdir: epath.PathLike,
+    *,
+    force: bool = False,
+    say: Say | None = None,
+    make_stage: stages.MakeStage | None = None,
+) -> Summary:
+    """Train as `config` says, from the newest checkpoint in `workdir` where there is one.
+
+    `workdir` is a path or URL. `force` goes on although the workdir was made by another config or data.
+    `say` gets every line for people (default: stderr, with a progress bar on a terminal). `make_stage` builds something
+    else than the two stages that configs can name.
+
+    Raises `UserError` when the workdir holds another config, when its checkpoints do not fit, and when gradients were
+    not finite for `train.max_skipped` steps in a row.
+    """
+    workdir = epath.Path(workdir)
+    settings = config.train
+    progress = Progress(settings.steps, say)
+    say = progress.say
+    chief = jax.process_index() == 0
+    refuse_other_config(config, workdir, force)
+
+    # ------------------------------------------------------------------------------------------------ devices and mesh
+    mesh = sharding.make_mesh(asdict(settings.mesh))
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    if settings.batch_size % rows:
+        raise UserError(
+            f"train.batch_size {settings.batch_size} cannot be split over data x fsdp = {rows} devices; "
+            f"nearest: {max(round(settings.batch_size / rows), 1) * rows}"
+        )
+    dtype = compute_dtype(settings.dtype, mesh.devices.ravel().tolist())
+
+    # ------------------------------------------------------------------------------------------------- data and model
+    optimizer = make_optimizer(config.optimizer, settings.steps)
+    learning_rate = make_schedule(config.optimizer, settings.steps, config.optimizer.learning_rate)
+    context = stages.Context(config, workdir, mesh, optimizer, dtype, say)
+    stage = (make_stage or stages.STAGES[settings.stage])(context)
+
+    # -------------------------------------------------------------------------------------------------------- restore
+    init = make_init(stage.make_params, optimizer)
+    key = jax.random.key(settings.seed)
+    shapes = abstract_state(init, key, mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.keep, say=say)
+    restored = checkpoints.restore(shapes)
+    if restored is None:
+        start, averages = 0, Averages()
+        state = init_state(init, key, mesh)
+        if settings.init:
+            params = load_modules(settings.init, shapes.params, mesh)
+            state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
+            say(f"starting from the parameters of {settings.init}")
+    else:
+        start, averages = restored.step, Averages(restored.notes["averages"])
+        stage.batches.restore(restored.notes["batches"])
+        state = restored.state
+        say(f"resuming {workdir} at step {start}")
+    del restored
+    say(
+        f"{settings.stage} · {count_parameters(shapes.params) / 1e6:.2f} M parameters · {stage.describe} · "
+        f"mesh {', '.join(f'{axis}={n}' for axis, n in mesh.shape.items())} · {dtype}"
+    )
+    if chief:
+        write_text(workdir / "config.json", configs.to_json(config))
+    writer = MetricsWriter(workdir, start, active=chief)
+
+    # ------------------------------------------------------------------------------------------------------------ log
+    clock = Clock()
+    window = Window(clock, stage, mesh)
+    extras: dict[int, dict[str, float]] = {}  # what else belongs to a step's line
+    last_line: dict[str, float] = {}
+
+    def receive(step: int, values: dict[str, float]) -> None:
+        """The metrics of a step, as they come in from the device."""
+        in_a_row = int(values.pop("skipped_in_a_row"))
+        if in_a_row:
+            say(f"step {step}: gradients are not finite; skipped ({in_a_row} in a row)")
+        if in_a_row >= settings.max_skipped:
+            raise UserError(
+                f"stopped at step {step}: gradients were not finite for {in_a_row} steps in a row; the parameters are "
+                f"those before them. Lower optimizer.learning_rate ({config.optimizer.learning_rate:g}) and go on from "
+                f"the last checkpoint with --force"
+            )
+        averages.add(values)
+        progress.step(step, values["loss"])
+        if due(step, settings.log_every) or step in extras or step == settings.steps:
+            line = averages.take() | {"learning_rate": float(learning_rate(step - 1))} | window.rates(step)
+            line |= extras.pop(step, {})
+            writer.write(step, line)
+            progress.line(step, line)
+            last_line.clear()
+            last_line.update(line)
+
+    late = LateMetrics(receive)
+
+    def save(step: int) -> None:
+        notes = {
+            "config": configs.to_dict(config),
+            "batches": stage.batches.state(),
+            "averages": averages.state(),
+        }
+        checkpoints.save(step, state, notes)
+        writer.upload()
+
+    # ----------------------------------------------------------------------------------------------------------- loop
+    step = saved = start
+    with stop_signals(say) as stop, jax.set_mesh(mesh):
+        window.begin(start)
+        try:
+            while step < settings.steps:
+                with clock.spent_on("data"):
+                    batch = place(next(stage.batches), mesh)
+                with clock.spent_on("compile" if step == start else "dispatch"):
+                    state, metrics = stage.step(state, batch)
+                step += 1
+                last = step == settings.steps
+                if stage.validate and (due(step, settings.validate_every) or last):
+                    jax.block_until_ready(metrics)  # what steps took shall not be counted as validation
+                    with clock.spent_on("validation"):
+                        found = jax.device_get(stage.validate(state.ema))
+                    extras[step] = {f"validation_{name}": float(value) for name, value in found.items()}
+                late.push(step, metrics)
+                if stage.sample and (due(step, settings.sample_every) or last):
+                    late.flush()
+                    with clock.spent_on("samples"):
+                        write_samples(stage.sample(state.ema), config, workdir, step, writer)
+                if stopping(stop, checkpoints, step) or due(step, settings.checkpoint_every) or last:
+                    late.flush()  # so that the averages are those of this step
+                    with clock.spent_on("checkpoint"):
+                        save(step)
+                    saved = step
+                if stop.is_set():
+                    break
+            late.flush()
+        finally:
+            # Whatever ended the loop, the last checkpoint is finished and the metrics are on disk.
+            checkpoints.close()
+            writer.close()
+            progress.close()
+            stage.batches.close()
+
+    # --------------------------------------------------------------------------------------------------------- finish
+    spent = clock.snapshot()
+    overhead = ", ".join(
+        f"{name} {duration(s)}" for name, s in spent.items() if name not in ("total", "dispatch") and s >= 1
+    )
+    say(
+        f"{'stopped' if step < settings.steps else 'done'} at step {step}, saved at {saved}, after "
+        f"{duration(spent['total'])}" + (f" (of which {overhead})" if overhead else "")
+    )
+    return Summary(step, step < settings.steps, dict(last_line))
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def place(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+    """This process's rows as arrays of the whole mesh, split over its data axes."""
+    where = sharding.batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, where)
+    return jax.tree.map(lambda local: jax.make_array_from_process_local_data(where, np.asarray(local)), batch)
+
+
+def write_samples(
+    videos: list[np.ndarray], config: Config, workdir: epath.Path, step: int, writer: MetricsWriter
+) -> None:
+    """WORKDIR/samples/STEP.mp4, all videos in a grid, and a few frames of each in TensorBoard."""
+    if jax.process_index():
+        return
+    writer.image(step, "samples", film_strips(videos))
+    record = Record(" | ".join(config.sample.prompts), config.sample.seed, f"{workdir.name} at step {step}")
+    frames = grid(videos)
+    path = workdir / "samples" / f"{step:07d}.{'mp4' if len(frames) > 1 else 'png'}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_media(frames, path, record, fps=config.sample.fps)
+
+
+class Window:
+    """Speed between two lines."""
+
+    def __init__(self, clock: Clock, stage: stages.Stage, mesh: jax.sharding.Mesh):
+        self._clock, self._stage = clock, stage
+        kind = mesh.devices.flat[0].device_kind
+        self._peak = (peak_flops(kind) or 0.0) * mesh.size
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        self._step, self._before = step, self._clock.snapshot()
+
+    def rates(self, step: int) -> dict[str, float]:
+        """steps_per_second, tokens_per_second, tflops (and mfu where the device's peak is known) without the time that
+        validation, samples and checkpoints took, and the share of the rest that was spent waiting for data."""
+        now = self._clock.snapshot()
+        spent = {name: value - self._before.get(name, 0.0) for name, value in now.items()}
+        steps = step - self._step
+        busy = spent["total"] - sum(spent.get(name, 0.0) for name in ("compile", "validation", "samples", "checkpoint"))
+        rate = steps / max(busy, 1e-9)
+        self.begin(step)
+        rates = {
+            "steps_per_second": rate,
+            "tokens_per_second": rate * self._stage.tokens_per_step,
+            "tflops": rate * self._stage.flops_per_step / 1e12,
+            "data_wait": spent.get("data", 0.0) / max(busy, 1e-9),
+        }
+        if self._peak:
+            rates["mfu"] = rate * self._stage.flops_per_step / self._peak
+        return {name: value for name, value in rates.items() if math.isfinite(value)}
+
+
+def refuse_other_config(config: Config, workdir: epath.Path, force: bool) -> None:
+    """A workdir belongs to one config, except for `configs.FREE_ON_RESUME`."""
+    path = workdir / "config.json"
+    if force or not path.exists():
+        return
+    try:
+        before = configs.from_json(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); give another workdir, or --force to go on in this one"
+        ) from None
+    changes = configs.difference(before, config, configs.FREE_ON_RESUME)
+    if changes:
+        raise UserError(
+            f"{workdir} was made by another config ({'; '.join(changes)}); "
+            "give another workdir, or --force to go on in this one"
+        )
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """The whole file or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / (path.name + ".partial")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+@contextmanager
+def stop_signals(say: Say) -> Iterator[threading.Event]:
+    """An event that SIGTERM and Ctrl-C set while the block runs; a second Ctrl-C interrupts at once.
+
+    Only a main thread can take signals; elsewhere the event is never set.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        say(f"{signal.Signals(number).name}: finishing this step, then saving")
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stopping(stop: threading.Event, checkpoints: Checkpoints, step: int) -> bool:
+    """Whether to stop after this step. Several processes have to agree, which is Orbax's business there."""
+    if jax.process_count() > 1 and checkpoints.reached_preemption(step):
+        stop.set()
+    return stop.is_set()

@@ -1,0 +1,126 @@
+"""Parameters to start from: of a run's workdir, or of a model folder (the layout of `diffusers`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+
+from sora_jax import config as configs
+from sora_jax import sharding
+from sora_jax.config import Config
+from sora_jax.errors import UserError
+from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from sora_jax.models.text_encoder import TextEncoder
+from sora_jax.models.transformer import Transformer
+from sora_jax.training.checkpoint import Checkpoints
+from sora_jax.weights.component import load_component
+from sora_jax.weights.umt5 import TEXT_ENCODER
+from sora_jax.weights.wan import AUTOENCODER, TRANSFORMER
+
+FOLDERS = {"transformer": TRANSFORMER, "text_encoder": TEXT_ENCODER, "autoencoder": AUTOENCODER}
+
+
+class Run(NamedTuple):
+    """What a workdir has learned."""
+
+    config: Config
+    step: int
+    params: dict[str, nnx.State]  # the averages, by module: "transformer" and "text_encoder", or "autoencoder"
+
+
+def abstract_modules(config: Config) -> dict[str, nnx.State]:
+    """The parameters that the stage of `config` trains, as shapes."""
+    if config.train.stage == "autoencoder":
+        make = {"autoencoder": lambda: Autoencoder(config.autoencoder, rngs=nnx.Rngs(0))}
+    else:
+        make = {
+            "transformer": lambda: Transformer(config.transformer, rngs=nnx.Rngs(0)),
+            "text_encoder": lambda: TextEncoder(config.text_encoder, rngs=nnx.Rngs(0)),
+        }
+    return {name: nnx.split(nnx.eval_shape(module), graph=False)[1] for name, module in make.items()}
+
+
+def is_workdir(path: epath.PathLike) -> bool:
+    path = epath.Path(path)
+    return (path / "config.json").exists() and (path / "checkpoints").exists()
+
+
+def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> Run:
+    """The config and the averaged parameters of the newest good checkpoint of a run, placed on `mesh` (default: one
+    device). Raises `UserError` when `workdir` is no run or has no checkpoint yet."""
+    workdir = epath.Path(workdir)
+    if not is_workdir(workdir):
+        raise UserError(f"{workdir} is not the workdir of a run: it has no config.json and checkpoints")
+    config = configs.from_json((workdir / "config.json").read_text())
+    mesh = mesh or sharding.make_mesh({"data": 1}, jax.local_devices()[:1])
+    shapes = abstract_modules(config)
+    placed = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        jax.tree.broadcast(sharding.param_shardings(shapes, mesh), shapes),
+    )
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    try:
+        restored = checkpoints.restore(placed, part="ema")
+    finally:
+        checkpoints.close()
+    if restored is None:
+        raise UserError(f"{workdir} has no checkpoint yet")
+    return Run(config, restored.step, restored.state)
+
+
+def find_pretrained(name: str) -> epath.Path:
+    """The folder of a shipped model's name, of a model folder, or of a run."""
+    shipped = Path(__file__).parents[1] / "assets"
+    named = sorted(shipped.glob(f"{name}-*"), key=lambda path: path.name) if "/" not in name else []
+    for path in (shipped / name, *reversed(named)):
+        if name and (path / "model_index.json").exists():
+            return epath.Path(path)
+    path = epath.Path(name)
+    if (path / "model_index.json").exists() or is_workdir(path):
+        return path
+    raise UserError(f"{name} is no shipped model, no model folder (model_index.json) and no workdir of a run")
+
+
+def load_modules(name: str, modules: Mapping[str, Any], mesh: Mesh | None = None) -> dict[str, nnx.State]:
+    """The parameters of these modules (given as shapes, by name) in the model or run `name`; refuses other shapes."""
+    path = find_pretrained(name)
+    loaded = load_run(path, mesh).params if is_workdir(path) else {}
+    result = {}
+    for module, shapes in modules.items():
+        if is_workdir(path):
+            if module not in loaded:
+                raise UserError(f"{path} has trained {', '.join(loaded)} and no {module}")
+            params = loaded[module]
+        else:
+            params = load_component(path / FOLDERS[module].folder, FOLDERS[module], mesh=mesh)[1]
+        _refuse_other_shapes(path, module, params, shapes)
+        result[module] = params
+    return result
+
+
+def load_autoencoder(name: str) -> tuple[AutoencoderConfig, nnx.State]:
+    """Config and parameters of the autoencoder in a model or run."""
+    path = find_pretrained(name)
+    if not is_workdir(path):
+        return load_component(path / AUTOENCODER.folder, AUTOENCODER)
+    run = load_run(path)
+    if "autoencoder" not in run.params:
+        raise UserError(f"{path} has trained {', '.join(run.params)} and no autoencoder")
+    return run.config.autoencoder, run.params["autoencoder"]
+
+
+def _refuse_other_shapes(path: epath.Path, module: str, params: nnx.State, shapes: nnx.State) -> None:
+    ours, theirs = ({".".join(map(str, key)): v for key, v in nnx.to_flat_state(s)} for s in (shapes, params))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours or name not in theirs:
+            raise UserError(f"{path}: {module}.{name} is {'missing' if name in ours else 'not in this config'}")
+        there, here = theirs[name].get_value().shape, ours[name].get_value().shape
+        if there != here:
+            raise UserError(f"{path}: {module}.{name} has shape {there}, and this config makes {here}")
