@@ -11,6 +11,7 @@ The pieces are public too: `encode_text`, `velocity`, `encode`, `decode`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -43,8 +44,39 @@ from sora_jax.weights.layout import ModelFolder, load_folder
 SHIPPED = {"world": "world-1", "world-1": "world-1"}  # a bare name means the newest version
 MODEL_TIME = 1000.0  # the model's time is 1000 * sigma
 
+OUTPUTS = ("uint8", "float32")
+
 Progress = Callable[[str, int, int], None]
 """`progress(stage, done, total)` after each step of "denoise" and each frame of "decode"."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a video is sampled; refuses what no solver can do."""
+
+    steps: int
+    guidance: float
+    solver: str
+    shift: float
+    negative_prompt: str
+
+    def __post_init__(self) -> None:
+        find_solver(self.solver)
+        level_schedule(self.steps, self.shift)
+        if not math.isfinite(self.guidance):
+            raise UserError(f"guidance must be a finite number, not {self.guidance}")
+
+    def record(self, canvas: Canvas, seed: int, model: str, fps: float) -> Record:
+        return Record(
+            prompt=" | ".join(canvas.prompts),
+            seed=seed,
+            model=model,
+            frames=canvas.frames,
+            height=canvas.height,
+            width=canvas.width,
+            fps=fps,
+            **dataclasses.asdict(self),
+        )
 
 
 @dataclass(frozen=True)
@@ -99,29 +131,16 @@ class Pipeline:
         image: UInt8[np.ndarray, "H W 3"] | None = None,
         video: UInt8[np.ndarray, "T0 H W 3"] | None = None,
         seed: int | Sequence[int] = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        solver: str | None = None,
-        shift: float | None = None,
-        negative_prompt: str | None = None,
-        noise: Float[np.ndarray, "B F h w C"] | None = None,
-        output: str = "uint8",
-        progress: Progress | None = None,
+        **options: Any,
     ) -> Any:
         """A `Video` for a prompt, or a list of them for a list of prompts.
 
-        `frames` (1 + 4k; or `seconds`), `height` and `width` default to the model's; so do `steps`, `guidance` (1: follow
-        the model as trained), `solver` and `shift`. `image` gives the first frame and `video` the first 1 + 4j frames.
-        With a list of prompts, `seed` is one per prompt, or the first of consecutive ones; every video is what its seed
-        makes alone. `noise` replaces what the seeds draw. `output` is "uint8", or "float32" in [0, 1].
+        `frames` (1 + 4k; or `seconds`), `height` and `width` default to the model's. `image` gives the first frame and
+        `video` the first 1 + 4j frames. With a list of prompts, `seed` is one per prompt, or the first of consecutive
+        ones; every video is what its seed makes alone. `options` are those of `sample_canvases`.
         Raises `UserError` for anything that cannot be made as asked.
         """
-        if output not in ("uint8", "float32"):
-            raise UserError(f"unknown output {output!r}: {nearest(output, ['uint8', 'float32'])}")
-        alone = isinstance(prompt, str)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise UserError("no prompt was given: name at least one")
         extent = self.extent(frames, seconds, height, width)
         if image is not None and video is not None:
             raise UserError("image and video both give the beginning: name one")
@@ -130,19 +149,8 @@ class Pipeline:
             canvases.text_to_video(text, extent) if given is None else canvases.extend(text, given, extent)
             for text in prompts
         ]
-        made = self.sample_canvases(
-            drawn,
-            seeds=_seeds(seed, len(prompts)),
-            steps=steps,
-            guidance=guidance,
-            solver=solver,
-            shift=shift,
-            negative_prompt=negative_prompt,
-            noise=noise,
-            output=output,
-            progress=progress,
-        )
-        return made[0] if alone else made
+        made = self.sample_canvases(drawn, seeds=_seeds(seed, len(prompts)), **options)
+        return made[0] if isinstance(prompt, str) else made
 
     def sample_canvases(
         self,
@@ -156,76 +164,89 @@ class Pipeline:
         negative_prompt: str | None = None,
         noise: Float[np.ndarray, "B F h w C"] | None = None,
         output: str = "uint8",
+        batch_size: int = 1,
         progress: Progress | None = None,
     ) -> list[Video]:
-        """Videos from canvases of one layout, as one batch. Options are those of `sample`."""
-        defaults, scheduler = self.folder.defaults, self.folder.scheduler
-        steps = defaults.steps if steps is None else steps
-        guidance = defaults.guidance if guidance is None else guidance
-        shift = scheduler.shift if shift is None else shift
-        negative_prompt = defaults.negative_prompt if negative_prompt is None else negative_prompt
-        solver_name = scheduler.solver if solver is None else solver
-        chosen = find_solver(solver_name)
-        levels = level_schedule(steps, shift)
-        if not math.isfinite(guidance):
-            raise UserError(f"guidance must be a finite number, not {guidance}")
-        for one in drawn:
-            for text in one.prompts:
-                if not text.strip():
-                    raise UserError("the prompt is empty: say what the video shows")
+        """Videos from canvases of one layout.
 
-        # 1. the canvas as rows of tokens
+        `steps`, `guidance` (1: follow the model as trained), `solver`, `shift` and `negative_prompt` default to the model's.
+        `noise` replaces what the seeds draw. `output` is "uint8", or "float32" in [0, 1]. `batch_size` canvases go through
+        the model at once: with 1 a video is the same to the bit in any company; with more, up to rounding.
+        """
+        defaults, scheduler = self.folder.defaults, self.folder.scheduler
+        settings = Settings(
+            steps=defaults.steps if steps is None else steps,
+            guidance=float(defaults.guidance if guidance is None else guidance),
+            solver=scheduler.solver if solver is None else solver,
+            shift=float(scheduler.shift if shift is None else shift),
+            negative_prompt=defaults.negative_prompt if negative_prompt is None else negative_prompt,
+        )
+        if output not in OUTPUTS:
+            raise UserError(f"unknown output {output!r}: {nearest(output, OUTPUTS)}")
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {batch_size}")
+        if not drawn:
+            raise UserError("no prompt was given: name at least one")
+        for text in (text for one in drawn for text in one.prompts):
+            if not text.strip():
+                raise UserError("the prompt is empty: say what the video shows")
+            self.folder.tokenizer.encode(text)  # says what is wrong with a prompt before anything is made
         layout = lay_out(drawn[0], self.stride, self.patch)
+        channels = self.folder.autoencoder_config.z_dim
+        shape = (len(drawn), sum(extent.frames for extent in layout.latents), *layout.latents[0][1:], channels)
+        if noise is not None and noise.shape != shape:
+            raise UserError(f"noise has the shape {noise.shape}; these videos need {shape}")
+        if noise is None:
+            noise = np.stack([self.noise(seed, shape[1:]) for seed in seeds])
+
+        chunks = range(0, len(drawn), batch_size)
+        frames: list[np.ndarray] = []
+        for number, i in enumerate(chunks):
+            some = slice(i, i + batch_size)
+            ahead = _offset(progress, number, len(chunks))
+            frames.extend(self._sample_rows(drawn[some], layout, noise[some], settings, output, ahead))
+        return [
+            Video(made, defaults.fps, settings.record(one, int(seed), self.name, defaults.fps))
+            for made, one, seed in zip(frames, drawn, seeds, strict=True)
+        ]
+
+    def _sample_rows(
+        self,
+        drawn: Sequence[Canvas],
+        layout: Layout,
+        noise: Float[np.ndarray, "B F h w C"],
+        settings: Settings,
+        output: str,
+        progress: Progress | None,
+    ) -> np.ndarray:
+        """The frames of canvases of one layout, all in one batch: [B, T, H, W, 3]."""
+        # 1. the canvas as rows of tokens
         rows = len(drawn)
         clean = np.stack([self._given_latents(one, layout) for one in drawn])
-        clean_tokens = jnp.asarray(self._to_tokens(clean, layout))
-        noise_latents = np.stack([self.noise(layout, seed) for seed in seeds]) if noise is None else noise
-        if noise_latents.shape != clean.shape:
-            raise UserError(f"noise has the shape {noise_latents.shape}; these videos need {clean.shape}")
-        noise_tokens = jnp.asarray(self._to_tokens(np.asarray(noise_latents, np.float32), layout))
+        clean_tokens, noise_tokens = (jnp.asarray(self._to_tokens(x, layout)) for x in (clean, noise))
 
         # 2. the text, with and without the prompt
         condition: Any = self.condition(layout, [one.prompts for one in drawn])
         velocity = self.velocity
-        if guidance != 1.0:
-            without = self.condition(layout, [(negative_prompt,) * len(one.prompts) for one in drawn])
-            condition = guided_condition(condition, without, jnp.full((rows,), guidance, jnp.float32))
+        if settings.guidance != 1.0:
+            without = self.condition(layout, [(settings.negative_prompt,) * len(one.prompts) for one in drawn])
+            condition = guided_condition(condition, without, jnp.full((rows,), settings.guidance, jnp.float32))
             velocity = self._guided
 
-        # 3. lower the levels. A chunk is one step: any number of steps shares one program, and a step outlasts its dispatch.
+        # 3. lower the levels, a step a chunk: any number of steps shares one program, and a step outlasts its dispatch
+        solver = find_solver(settings.solver)
+        levels = level_schedule(settings.steps, settings.shift)
         schedule = schedule_table(levels, np.tile(layout.given_groups, (rows, 1)))
-        state = start(
-            chosen, clean_tokens, noise_tokens, jnp.asarray(schedule[0]), condition.given, condition.level_ids
-        )
-        for i in range(steps):
-            state = denoise(velocity, self.params, condition, state, schedule[i : i + 2], solver=chosen)
+        first = jnp.asarray(schedule[0])
+        state = start(solver, clean_tokens, noise_tokens, first, condition.given, condition.level_ids)
+        for i in range(settings.steps):
+            state = denoise(velocity, self.params, condition, state, schedule[i : i + 2], solver=solver)
             if progress is not None:
                 jax.block_until_ready(state.tokens)
-                progress("denoise", i + 1, steps)
+                progress("denoise", i + 1, settings.steps)
 
         # 4. frames
-        frames = self._decode_tokens(state.tokens, layout, output, progress)
-        return [
-            Video(
-                frames[k],
-                defaults.fps,
-                Record(
-                    prompt=" | ".join(drawn[k].prompts),
-                    seed=int(seeds[k]),
-                    model=self.name,
-                    negative_prompt=negative_prompt,
-                    frames=drawn[k].frames,
-                    height=drawn[k].height,
-                    width=drawn[k].width,
-                    fps=defaults.fps,
-                    steps=steps,
-                    guidance=float(guidance),
-                    solver=solver_name,
-                    shift=float(shift),
-                ),
-            )
-            for k in range(rows)
-        ]
+        return self._decode_tokens(state.tokens, layout, output, progress)
 
     def extent(
         self, frames: int | None = None, seconds: float | None = None, height: int | None = None, width: int | None = None
@@ -302,14 +323,11 @@ class Pipeline:
                 progress("decode", done + 1, raw.shape[1])
         return np.concatenate(pieces, axis=1)
 
-    def noise(self, layout: Layout, seed: int) -> Float[np.ndarray, "F h w C"]:
-        """The noise that `seed` draws for a canvas: the same on any device and in any batch."""
+    def noise(self, seed: int, shape: tuple[int, ...]) -> Float[np.ndarray, "F h w C"]:
+        """The noise that `seed` draws for latents of `shape`: the same on any device and in any batch."""
         if not 0 <= seed < 2**32:
             raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, not {seed}")
-        frames = sum(extent.frames for extent in layout.latents)
-        _, height, width = layout.latents[0]
-        shape = (frames, height, width, self.folder.autoencoder_config.z_dim)
-        return np.asarray(_draw_noise(seed, shape))
+        return np.asarray(_draw_noise(np.uint32(seed), shape))
 
     # -------------------------------------------------------------------------------------------- canvas <-> tokens
 
@@ -379,6 +397,13 @@ def _encode_text(
 @functools.partial(jax.jit, static_argnames=("shape",))
 def _draw_noise(seed: Any, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+def _offset(progress: Progress | None, number: int, chunks: int) -> Progress | None:
+    """`progress` for chunk `number` of `chunks`, counting through all of them."""
+    if progress is None:
+        return None
+    return lambda stage, done, total: progress(stage, number * total + done, chunks * total)
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
