@@ -66,6 +66,14 @@ _DISTANCE: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]]
 }
 
 
+def shape_distance(shape: str, dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """Signed distance in pixels (inside < 0) of points at (dx, dy) from the centre of a shape of radius `r`.
+
+    Exact near the outline, which is all that coverage needs. All arrays float32, broadcast against each other.
+    """
+    return _DISTANCE[shape](dx, dy, r)
+
+
 def _boxes(
     canvas: np.ndarray, rows: np.ndarray, x: np.ndarray, y: np.ndarray, half_x: float, half_y: float
 ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray, np.ndarray]:
@@ -176,7 +184,7 @@ def _objects(
     x, y, radius, rows, base, reach = (a[inside] for a in (x, y, radius, rows, base, reach))
     index, dx, dy = _boxes(canvas, rows, x, y, float(reach.max()), float(reach.max()))
     r = radius[:, None, None]
-    distance = _DISTANCE[shape](dx, dy, r)
+    distance = shape_distance(shape, dx, dy, r)
     # Light from above, a darker rim, and on a ball a soft highlight: brightness changes, hue does not
     light = (1.04 - 0.12 * dy / r) * (1 - 0.2 * np.clip(distance / np.float32(1.4 * unit) + 1, 0, 1))
     color = light[..., None] * base[:, None, None, :]

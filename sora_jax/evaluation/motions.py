@@ -1,0 +1,176 @@
+"""Does a track do what a prompt says? One predicate per motion of the world, each on a `Track`.
+
+Tolerances are in units (1/64 of the frame's shorter side) and leave room for a generated clip's wobble; the laws of
+physics are held more strictly by `checkers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from sora_jax.data.world.motion import heading
+from sora_jax.evaluation.tracking import Track
+
+
+def _times(seen: np.ndarray) -> np.ndarray:
+    return np.flatnonzero(seen).astype(np.float64)
+
+
+def _line(times: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, float]:
+    """Least-squares line through values [n, k] over times [n]: slope [k], and the root mean square distance to it."""
+    centred = times - times.mean()
+    slope = (centred[:, None] * (values - values.mean(0))).sum(0) / max(float((centred**2).sum()), 1e-9)
+    residual = values - values.mean(0) - centred[:, None] * slope
+    return slope, float(np.sqrt((residual**2).sum(1).mean()))
+
+
+def _present(track: Track, share: float = 0.7) -> bool:
+    return bool(track.seen.mean() >= share)
+
+
+def _size_steady(track: Track) -> bool:
+    """Its size does not change by more than a quarter, as far as it can be seen whole."""
+    radii = np.sqrt(track.areas[track.whole])
+    return len(radii) < 2 or bool(radii.max() < 1.3 * radii.min())
+
+
+def slides(track: Track, direction: str, unit: float) -> bool:
+    """Constant velocity in a direction (any when ""), for at least 7 units."""
+    use = track.whole if track.whole.sum() >= 4 else track.seen
+    if use.sum() < 4 or not _size_steady(track):
+        return False
+    slope, residual = _line(_times(use), track.centers[use])
+    speed = float(np.hypot(*slope))
+    travel = speed * (_times(use)[-1] - _times(use)[0])
+    if travel < 7 * unit or residual > 1.2 * unit + 0.05 * travel:
+        return False
+    return not direction or float(slope @ heading(direction)) > np.cos(np.radians(22.5)) * speed
+
+
+def rests(track: Track, direction: str, unit: float) -> bool:
+    """It does not move or change."""
+    if not _present(track, 0.85) or not _size_steady(track):
+        return False
+    centers = track.centers[track.seen]
+    return bool(np.abs(centers - np.median(centers, axis=0)).max() < 2 * unit)
+
+
+def bounces(track: Track, direction: str, unit: float) -> bool:
+    """It falls, turns at the bottom, and comes up again, less high than it was; drifting in `direction` if given."""
+    if not _present(track, 0.8) or not _size_steady(track):
+        return False
+    x, y = track.centers[track.seen].T
+    low = int(y[: max(2, 2 * len(y) // 3)].argmax())  # the first hit
+    if low == 0 or low == len(y) - 1:
+        return False
+    fallen, risen = y[low] - y[: low + 1].min(), y[low] - y[low:].min()
+    if fallen < 9 * unit or risen < 4 * unit or risen > 1.05 * fallen:
+        return False
+    if (np.diff(y[: low + 1]) < -1.5 * unit).any():  # on the way down it only goes down
+        return False
+    if not direction:
+        return True
+    return bool((x[-1] - x[0]) * heading(direction)[0] > 6 * unit)
+
+
+def falls(track: Track, direction: str, unit: float) -> bool:
+    """It goes straight down, faster and faster, and then lies still."""
+    if not _present(track, 0.8) or not _size_steady(track):
+        return False
+    x, y = track.centers[track.seen].T
+    if y[-1] - y[0] < 10 * unit or np.ptp(x) > 4 * unit or (np.diff(y) < -1.5 * unit).any():
+        return False
+    tail = y[-max(2, len(y) // 4) :]
+    landed = int(np.flatnonzero(y > y[-1] - 1.5 * unit)[0])
+    half = max(1, landed // 2)
+    steps = np.diff(y[: landed + 1])
+    return bool(np.ptp(tail) < 2 * unit and (landed < 3 or steps[half:].mean() > 1.2 * steps[:half].mean()))
+
+
+def orbits(track: Track, direction: str, unit: float) -> bool:
+    """It goes round on a circle, at least two thirds of a turn per 16 frames, always the same way round."""
+    if not _present(track, 0.85) or not _size_steady(track):
+        return False
+    points = track.centers[track.seen]
+    # circle through the points by least squares (Kasa 1976): x^2 + y^2 = 2 a x + 2 b y + c
+    matrix = np.column_stack([2 * points, np.ones(len(points))])
+    (a, b, c), *_ = np.linalg.lstsq(matrix, (points**2).sum(1), rcond=None)
+    away = points - (a, b)
+    distance = np.hypot(*away.T)
+    ring = float(distance.mean())
+    if not 7 * unit < ring < 34 * unit or float(np.std(distance)) > 1.5 * unit + 0.05 * ring:
+        return False
+    angles = np.unwrap(np.arctan2(away[:, 1], away[:, 0]))
+    turned = float(angles[-1] - angles[0])
+    steps = np.diff(angles) * np.sign(turned)
+    if abs(turned) < np.pi * 4 / 3 * (len(track.areas) - 1) / 16 or (steps < -0.1).any():
+        return False
+    if direction:  # y points down: growing angles are clockwise
+        return (turned > 0) == (direction == "clockwise")
+    return True
+
+
+def _swells(track: Track, ratio: float, unit: float) -> bool:
+    """The radius grows steadily by at least `ratio` (use the reversed track for shrinking) in one place."""
+    if not _present(track, 0.8):
+        return False
+    radii = np.sqrt(track.areas[track.seen])
+    centers = track.centers[track.seen]
+    if np.abs(centers - np.median(centers, axis=0)).max() > 3.5 * unit:
+        return False
+    ends = max(1, len(radii) // 6)
+    first, last = radii[:ends].mean(), radii[-ends:].mean()
+    return bool(last > ratio * first and (np.diff(radii) > -0.12 * last).all())
+
+
+def grows(track: Track, direction: str, unit: float) -> bool:
+    return _swells(track, 1.45, unit)
+
+
+def _backwards(track: Track) -> Track:
+    return Track(track.color, track.centers[::-1], track.areas[::-1], track.clipped[::-1], track.misfit[::-1])
+
+
+def shrinks(track: Track, direction: str, unit: float) -> bool:
+    return _swells(_backwards(track), 1.45, unit)
+
+
+def enters(track: Track, direction: str, unit: float) -> bool:
+    """Not there, or cut by the border, at first; whole at the end, moving in `direction`."""
+    areas = np.nan_to_num(track.areas)
+    if track.seen.sum() < 4 or not track.seen[-2:].all() or track.clipped[-1]:
+        return False
+    if areas[0] > 0.5 * areas.max() or not track.clipped[np.flatnonzero(track.seen)[0]]:
+        return False
+    gone = np.flatnonzero(~track.seen)
+    if len(gone) and gone[-1] >= np.flatnonzero(track.seen)[0]:
+        return False
+    points = track.centers[track.whole]
+    if len(points) < 2:
+        return False
+    slope, residual = _line(_times(track.whole), points)
+    along = float(slope @ heading(direction)) if direction else float(np.hypot(*slope))
+    return along > 0.9 * float(np.hypot(*slope)) and along > 0.5 * unit and residual < 2 * unit
+
+
+_OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up", "": ""}
+
+
+def exits(track: Track, direction: str, unit: float) -> bool:
+    """An entry played backwards."""
+    return enters(_backwards(track), _OPPOSITE[direction], unit)
+
+
+MOTION_CHECKS: dict[str, Callable[[Track, str, float], bool]] = {
+    "slide": slides,
+    "rest": rests,
+    "bounce": bounces,
+    "fall": falls,
+    "orbit": orbits,
+    "grow": grows,
+    "shrink": shrinks,
+    "enter": enters,
+    "exit": exits,
+}
