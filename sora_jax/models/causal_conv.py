@@ -123,8 +123,16 @@ class CausalConv(nnx.Module):
 class FrameConv(nnx.Module):
     """A 3 x 3 convolution with bias of every frame by itself."""
 
-    def __init__(self, n_in: int, n_out: int, *, stride: int = 1, rngs: nnx.Rngs):
-        self.kernel = layers.param(rngs, layers.lecun_normal, (3, 3, n_in, n_out), (None, None, *KERNEL_AXES))
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        stride: int = 1,
+        rngs: nnx.Rngs,
+        init: layers.Initializer = layers.lecun_normal,
+    ):
+        self.kernel = layers.param(rngs, init, (3, 3, n_in, n_out), (None, None, *KERNEL_AXES))
         self.bias = layers.param(rngs, layers.zeros, (n_out,), KERNEL_AXES[1:])
         self.stride = stride
 
@@ -147,7 +155,7 @@ class TimeConv(nnx.Module):
         last = x.shape[1] - 2
         taps = jnp.concatenate([x[:, i : last + i : self.stride] for i in range(3)], axis=-1)
         kernel = rearrange(self.kernel[...], "tap c o -> (tap c) o")
-        return taps @ kernel.astype(x.dtype) + self.bias[...].astype(x.dtype)
+        return layers.matmul(taps, kernel.astype(x.dtype)) + self.bias[...].astype(x.dtype)
 
 
 # --- norm ----------------------------------------------------------------------------------------------------------
@@ -172,8 +180,8 @@ class ChannelNorm(nnx.Module):
 class Downsample(nnx.Module):
     """Halve height and width, and with `time` the frame rate: 1 + 2n frames make 1 + n (a later chunk: 2n make n)."""
 
-    def __init__(self, width: int, *, time: bool, rngs: nnx.Rngs):
-        self.space_conv = FrameConv(width, width, stride=2, rngs=rngs)
+    def __init__(self, width: int, *, time: bool, rngs: nnx.Rngs, init: layers.Initializer = layers.lecun_normal):
+        self.space_conv = FrameConv(width, width, stride=2, rngs=rngs, init=init)
         self.time_conv = TimeConv(width, width, stride=2, rngs=rngs) if time else None
 
     def __call__(self, x: Float[Array, "B T H W C"], past: Past = None) -> tuple[Float[Array, "B _ _ _ C"], Past]:
@@ -195,8 +203,16 @@ class Upsample(nnx.Module):
     The first frame of a clip neither passes the time convolution nor enters its memory.
     """
 
-    def __init__(self, n_in: int, n_out: int, *, time: bool, rngs: nnx.Rngs):
-        self.space_conv = FrameConv(n_in, n_out, rngs=rngs)
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        time: bool,
+        rngs: nnx.Rngs,
+        init: layers.Initializer = layers.lecun_normal,
+    ):
+        self.space_conv = FrameConv(n_in, n_out, rngs=rngs, init=init)
         self.time_conv = TimeConv(n_in, 2 * n_in, rngs=rngs) if time else None
 
     def __call__(self, x: Float[Array, "B T H W C"], past: Past = None) -> tuple[Float[Array, "B _ _ _ O"], Past]:
