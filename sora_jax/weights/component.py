@@ -1,0 +1,176 @@
+"""One component of a model folder (`transformer/`, `vae/`, `text_encoder/`) <-> its config and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from sora_jax.errors import UserError, nearest
+from sora_jax.sharding import param_shardings
+from sora_jax.weights.files import parse_json, write_json
+from sora_jax.weights.safetensors_io import (
+    DTYPES,
+    StoredTensor,
+    read_headers,
+    tensor_reader,
+    write_tensors,
+)
+from sora_jax.weights.table import Family, Row
+
+SAVE_DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"]}
+FORMAT_VERSION = "0.35.1"  # of `diffusers`: what a folder we write is compatible with
+
+Config = Any  # the frozen config dataclass of a family
+
+
+def abstract_params(family: Family, config: Config) -> nnx.State:
+    """The parameters that a config has, as shapes: the state that `nnx.merge(graphdef, params)` takes."""
+    module = nnx.eval_shape(lambda: family.module(config, rngs=nnx.Rngs(0)))
+    return nnx.split(module, graph=False)[1]
+
+
+def match_rows(family: Family, config: Config, params: nnx.State) -> list[tuple[tuple, Row]]:
+    """The row of every parameter, with the parameter's path, in the order of the table.
+
+    A parameter without a row is a fault of the table and not of a user: `ValueError`.
+    """
+    paths = {".".join(map(str, path)): path for path, _ in nnx.to_flat_state(params)}
+    rows = [(paths[row.ours], row) for row in family.table(config) if row.ours in paths]
+    if without := sorted(set(paths) - {row.ours for _, row in rows}):
+        raise ValueError(f"the table of {family.name} has no row for {', '.join(without)}")
+    return rows
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+def load_component(
+    folder: epath.PathLike, family: Family, *, mesh: Mesh | None = None, dtype: DTypeLike | None = jnp.float32
+) -> tuple[Config, nnx.State]:
+    """The config and parameters in `folder` (`config.json` and safetensors).
+
+    Parameters are converted to `dtype` (None: as they are stored) and placed on `mesh` by their logical axes, or on
+    the default device. All tensors are checked by name, shape and dtype before the first is read; the first that
+    is missing, unexpected, of the wrong shape or dtype, or cut off is a `UserError` that names it.
+    """
+    folder = epath.Path(folder)
+    config = read_config(folder / "config.json", family)
+    params = abstract_params(family, config)
+    rows = match_rows(family, config, params)
+    flat = dict(nnx.to_flat_state(params))
+    shardings = dict(nnx.to_flat_state(param_shardings(params, mesh))) if mesh is not None else {}
+
+    stored = read_headers(folder, family.stem)
+    keys = check_tensors(folder / f"{family.stem}.safetensors", stored, [(row, flat[path].shape) for path, row in rows])
+    with tensor_reader() as read:
+        for path, row in rows:
+            tensors = [stored[key] for key in keys[row.ours]]
+            wanted = DTYPES[tensors[0].dtype] if dtype is None else jnp.dtype(dtype)
+            array = np.empty(flat[path].shape, wanted)
+            for n, tensor in enumerate(tensors):
+                array[n if row.stacked else ...] = row.to_ours(read(tensor))
+            _check_repeats(row, array, stored, read)
+            flat[path] = flat[path].replace(jax.device_put(array, shardings.get(path)))
+    return config, nnx.from_flat_state(list(flat.items()))
+
+
+def read_config(path: epath.Path, family: Family) -> Config:
+    """The config of a component; a `UserError` names the file it is about."""
+
+    def parse(values: dict[str, Any]) -> Config:
+        name = values.get("_class_name") or (values.get("architectures") or [None])[0]
+        if name != family.name:
+            raise UserError(f'it describes a "{name}", not a {family.name}')
+        return family.read_config(values)
+
+    return parse_json(path, parse)
+
+
+def check_tensors(
+    path: epath.Path, stored: Mapping[str, StoredTensor], rows: list[tuple[Row, tuple[int, ...]]]
+) -> dict[str, list[str]]:
+    """The stored names of each of our parameters (given as rows and our shapes), all of them checked."""
+    keys: dict[str, list[str]] = {}
+    known: set[str] = set()
+    for row, shape in rows:
+        expected = row.their_shape(shape)
+        names = row.keys(shape)
+        if not row.stacked:
+            names = [next((name for name in (row.theirs, *row.also) if name in stored), row.theirs)]
+        for name in names:
+            if name not in stored:
+                missing = [n for r, s in rows for n in r.keys(s) if n not in stored]
+                raise UserError(f'{path} lacks tensor "{name}"{_and_more(missing)}')
+            if stored[name].shape != expected:
+                found = list(stored[name].shape)
+                raise UserError(
+                    f'{path}: tensor "{name}" has the wrong shape: expected {list(expected)}, found {found}'
+                )
+        keys[row.ours] = names
+        known |= {*names, *row.also}
+    unexpected = [name for name in stored if name not in known]
+    if unexpected:
+        raise UserError(f'{path} has an unexpected tensor "{unexpected[0]}"{_and_more(unexpected)}')
+    for name, tensor in stored.items():
+        if tensor.dtype not in DTYPES:
+            raise UserError(f'{path}: tensor "{name}" has dtype {tensor.dtype}; known: {", ".join(DTYPES)}')
+    return keys
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _check_repeats(
+    row: Row, array: np.ndarray, stored: Mapping[str, StoredTensor], read: Callable[[StoredTensor], np.ndarray]
+) -> None:
+    """A tensor that is stored again under another name must be the same; else which of them is meant?"""
+    for name in row.also:
+        if name in stored and not np.array_equal(array, row.to_ours(read(stored[name])).astype(array.dtype)):
+            raise UserError(f'{stored[name].path}: tensor "{name}" differs from "{row.theirs}", which it must repeat')
+
+
+# --- saving --------------------------------------------------------------------------------------------------------
+
+
+def save_component(
+    folder: epath.PathLike, family: Family, config: Config, params: nnx.State, *, dtype: str = "float32"
+) -> None:
+    """Write `config.json` and one safetensors file into `folder`, one tensor in memory at a time.
+
+    `dtype` is "float32" or "bfloat16". Raises `ValueError` when `params` are not those of `config`.
+    """
+    if dtype not in SAVE_DTYPES:
+        raise UserError(f'weights cannot be saved as "{dtype}": {nearest(dtype, SAVE_DTYPES)}')
+    folder = epath.Path(folder)
+    shapes = {path: variable.shape for path, variable in nnx.to_flat_state(abstract_params(family, config))}
+    flat = {path: variable.get_value() for path, variable in nnx.to_flat_state(params)}
+    if (found := {path: array.shape for path, array in flat.items()}) != shapes:
+        wrong = sorted(".".join(map(str, path)) for path, _ in found.items() ^ shapes.items())
+        raise ValueError(f"these are not the parameters of the {family.name} config: {', '.join(wrong)}")
+    rows = match_rows(family, config, params)
+
+    def tensors() -> Iterator[np.ndarray]:
+        for path, row in rows:
+            array = np.asarray(flat[path])
+            for layer in array if row.stacked else array[None]:
+                yield row.to_theirs(layer)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {key: row.their_shape(shapes[path]) for path, row in rows for key in row.keys(shapes[path])}
+    write_tensors(folder / f"{family.stem}.safetensors", written, SAVE_DTYPES[dtype], tensors())
+    write_json(folder / "config.json", config_header(family, dtype) | family.write_config(config))
+
+
+def config_header(family: Family, dtype: str) -> dict[str, Any]:
+    if family.library == "transformers":
+        return {"architectures": [family.name], "dtype": dtype}
+    return {"_class_name": family.name, "_diffusers_version": FORMAT_VERSION}

@@ -1,0 +1,166 @@
+"""A model as a folder, in the layout of `diffusers`; one format for our own weights and the open ones.
+
+    model_index.json                        what the folder holds
+    transformer/ vae/ text_encoder/         config.json and safetensors each, in their names and axes (see `table`)
+    tokenizer/tokenizer_config.json         ByT5's
+    scheduler/scheduler_config.json         solver and shift
+    sora_jax.json                           ours, optional: sampling defaults and facts for the model card
+    README.md                               the model card, optional
+
+No torch is needed for either direction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from sora_jax.errors import UserError
+from sora_jax.models.autoencoder import AutoencoderConfig
+from sora_jax.models.text_encoder import TextEncoderConfig
+from sora_jax.models.tokenizer import ByteTokenizer
+from sora_jax.models.transformer import TransformerConfig
+from sora_jax.weights.component import FORMAT_VERSION, load_component, save_component
+from sora_jax.weights.defaults import SCHEDULERS, SamplingDefaults, SchedulerDefaults
+from sora_jax.weights.files import new_folder, parse_json, read_json, write_json
+from sora_jax.weights.umt5 import TEXT_ENCODER
+from sora_jax.weights.wan import AUTOENCODER, TRANSFORMER
+
+INDEX = "model_index.json"
+OURS = "sora_jax.json"
+FAMILIES = (TRANSFORMER, AUTOENCODER, TEXT_ENCODER)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """Everything a folder holds. Parameters are what `nnx.merge(graphdef, params)` takes, split with `graph=False`."""
+
+    transformer_config: TransformerConfig
+    transformer: nnx.State
+    autoencoder_config: AutoencoderConfig
+    autoencoder: nnx.State
+    text_encoder_config: TextEncoderConfig
+    text_encoder: nnx.State
+    tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
+    scheduler: SchedulerDefaults = field(default_factory=SchedulerDefaults)
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    path: epath.Path | None = None  # where it was loaded from
+
+    def __post_init__(self) -> None:
+        if self.transformer_config.text_dim != self.text_encoder_config.d_model:
+            raise UserError(
+                f"the transformer reads text of width {self.transformer_config.text_dim}, "
+                f"the text encoder makes {self.text_encoder_config.d_model}"
+            )
+        if self.transformer_config.out_channels != self.autoencoder_config.z_dim:
+            raise UserError(
+                f"the transformer makes latents of {self.transformer_config.out_channels} channels, "
+                f"the autoencoder reads {self.autoencoder_config.z_dim}"
+            )
+        if self.tokenizer.vocab_size > self.text_encoder_config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.tokenizer.vocab_size} ids, "
+                f"the text encoder knows {self.text_encoder_config.vocab_size}"
+            )
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+def load_folder(
+    path: epath.PathLike, *, mesh: Mesh | None = None, dtype: DTypeLike | None = jnp.float32
+) -> ModelFolder:
+    """Read a model folder; `mesh` and `dtype` as in `load_component`.
+
+    Raises `UserError`, naming file and tensor, for anything in it that is missing, damaged or not supported.
+    """
+    path = epath.Path(path)
+    if not (path / INDEX).exists():
+        raise UserError(f"{path} is not a model folder: it has no {INDEX}")
+    _check_index(path)
+    # the small files first: what they have to say should not wait for gigabytes
+    tokenizer = parse_json(path / "tokenizer" / "tokenizer_config.json", ByteTokenizer.from_dict)
+    scheduler = parse_json(path / "scheduler" / "scheduler_config.json", SchedulerDefaults.from_dict)
+    defaults = parse_json(path / OURS, SamplingDefaults.from_dict) if (path / OURS).exists() else SamplingDefaults()
+    (transformer_config, transformer), (autoencoder_config, autoencoder), (text_encoder_config, text_encoder) = (
+        load_component(path / family.folder, family, mesh=mesh, dtype=dtype) for family in FAMILIES
+    )
+    try:
+        return ModelFolder(
+            transformer_config,
+            transformer,
+            autoencoder_config,
+            autoencoder,
+            text_encoder_config,
+            text_encoder,
+            tokenizer,
+            scheduler,
+            defaults,
+            path,
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _check_index(path: epath.Path) -> None:
+    index = read_json(path / INDEX)
+    if (name := index.get("_class_name")) != "WanPipeline":
+        raise UserError(f'{path / INDEX} describes a "{name}"; known: WanPipeline')
+    for family in FAMILIES:
+        if (found := (index.get(family.folder) or [None, None])[1]) != family.name:
+            raise UserError(f'{path / INDEX} has "{found}" as {family.folder}, not {family.name}')
+    if (index.get("transformer_2") or [None, None])[1] is not None:
+        raise UserError(f"{path / INDEX} has two transformers (transformer_2); only models with one are supported")
+
+
+# --- saving --------------------------------------------------------------------------------------------------------
+
+
+def save_folder(
+    path: epath.PathLike,
+    model: ModelFolder,
+    *,
+    dtype: str = "float32",
+    card: str | None = None,
+    overwrite: bool = False,
+) -> epath.Path:
+    """Write `model` as a folder that `load_folder` and `diffusers` read; `card` becomes its README.md.
+
+    `dtype` is "float32" or "bfloat16". The folder appears whole or not at all; one that is there is kept, and is a
+    `UserError`, unless `overwrite`.
+    """
+    path = epath.Path(path)
+    with new_folder(path, marker=INDEX, overwrite=overwrite) as folder:
+        for family, config, params in (
+            (TRANSFORMER, model.transformer_config, model.transformer),
+            (AUTOENCODER, model.autoencoder_config, model.autoencoder),
+            (TEXT_ENCODER, model.text_encoder_config, model.text_encoder),
+        ):
+            save_component(folder / family.folder, family, config, params, dtype=dtype)
+        for name, values in (("tokenizer", model.tokenizer.to_dict()), ("scheduler", model.scheduler.to_dict())):
+            (folder / name).mkdir(exist_ok=True)
+            write_json(folder / name / f"{name}_config.json", values)
+        write_json(folder / OURS, model.defaults.to_dict())
+        if card is not None:
+            (folder / "README.md").write_text(card)
+        write_json(folder / INDEX, _index(model))  # last: a folder without it is no model folder
+    return path
+
+
+def _index(model: ModelFolder) -> dict[str, Any]:
+    return {
+        "_class_name": "WanPipeline",
+        "_diffusers_version": FORMAT_VERSION,
+        "boundary_ratio": None,
+        "expand_timesteps": False,
+        "scheduler": ["diffusers", SCHEDULERS[model.scheduler.solver][0]],
+        "tokenizer": ["transformers", "ByT5Tokenizer"],
+        "transformer_2": [None, None],
+        **{family.folder: [family.library, family.name] for family in FAMILIES},
+    }
