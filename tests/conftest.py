@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
@@ -70,16 +72,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     text_encoder = TextEncoderConfig(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
 
-    def random(module: nnx.Module) -> nnx.State:
-        return nnx.split(module, graph=False)[1]
+    draw = np.random.default_rng(0)
+
+    def random(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.State:
+        """Parameters of a module's shapes; drawn by numpy, for nothing needs compiling then."""
+        shapes = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), graph=False)[1]
+        return jax.tree.map(lambda leaf: jnp.asarray(0.3 * draw.standard_normal(leaf.shape, np.float32)), shapes)
 
     model = ModelFolder(
         transformer,
-        random(Transformer(transformer, rngs=nnx.Rngs(0))),
+        random(lambda rngs: Transformer(transformer, rngs=rngs)),
         autoencoder,
-        random(Autoencoder(autoencoder, rngs=nnx.Rngs(1))),
+        random(lambda rngs: Autoencoder(autoencoder, rngs=rngs)),
         text_encoder,
-        random(TextEncoder(text_encoder, rngs=nnx.Rngs(2))),
+        random(lambda rngs: TextEncoder(text_encoder, rngs=rngs)),
         ByteTokenizer(max_length=96),
         SchedulerDefaults("unipc", 1.0),
         SamplingDefaults("tiny-1", frames=5, height=16, width=16, fps=8.0, steps=2, guidance=2.0),

@@ -92,12 +92,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _check_out(job.out, settings.get("frames"), args.force)
     if args.scale < 1:
         raise UserError(f"--scale must be a whole number >= 1, not {args.scale}")
+    if args.fps is not None and not 0 < args.fps <= 1000:
+        raise UserError(f"--fps must lie in (0, 1000], not {args.fps:g}")
     given = _given_files(args, like)
     images = {role: _read_image(file) for role, file in given.items()}
 
     started = time.perf_counter()
     pipe = _load(args, like)
     seconds = {"load": time.perf_counter() - started, "compile and sample": 0.0, "decode": 0.0, "write": 0.0}
+    extent = pipe.extent(**{name: settings.get(name) for name in ("frames", "seconds", "height", "width")})
+    for job in jobs:
+        _check_out(job.out, extent.frames, args.force)
     made = []
     for job in jobs:
         with _progress(f"{job.prompt[:40]}, seed {job.seed}") as progress:
@@ -292,7 +297,14 @@ def _check_out(out: str, frames: int | None, force: bool) -> None:
 def _write(video: Video, out: str, args: argparse.Namespace) -> None:
     from sora_jax.media import write_media
 
-    write_media(video.frames, out, video.record, fps=args.fps or video.fps, scale=args.scale, overwrite=args.force)
+    write_media(
+        video.frames,
+        out,
+        video.record,
+        fps=video.fps if args.fps is None else args.fps,
+        scale=args.scale,
+        overwrite=args.force,
+    )
 
 
 def _describe(video: Video, job: Job, fps: float | None) -> dict[str, Any]:
@@ -302,7 +314,7 @@ def _describe(video: Video, job: Job, fps: float | None) -> dict[str, Any]:
         "frames": count,
         "height": height,
         "width": width,
-        "fps": fps or video.fps,
+        "fps": video.fps if fps is None else fps,
         "record": json.loads(video.record.to_json()),
     }
 
