@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from etils import epath
@@ -170,7 +169,7 @@ def test_tables_name_everything_once():
 # --- dtypes, shards, devices ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
 def test_narrow_weights_are_widened_exactly_or_kept(text_encoder, dtype):
     folder, tensors = text_encoder
     narrow = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
@@ -188,7 +187,7 @@ def test_saving_as_bfloat16_rounds_to_nearest_even(text_encoder, tmp_path):
     save_file(tensors, folder / "model.safetensors")
     save_component(tmp_path / "out", TEXT_ENCODER, *load_component(folder, TEXT_ENCODER), dtype="bfloat16")
     found = load_file(tmp_path / "out" / "model.safetensors")["encoder.final_layer_norm.weight"]
-    assert found.dtype == ml_dtypes.bfloat16
+    assert found.dtype == jnp.bfloat16
     assert found[:3].astype(np.float32).tolist() == [1.0, 1 + 2**-6, 1.0]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
