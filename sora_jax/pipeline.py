@@ -16,7 +16,6 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,9 +38,9 @@ from sora_jax.models.transformer import Transformer
 from sora_jax.record import Record
 from sora_jax.shapes import Condition, Extent, frames_for_seconds
 from sora_jax.tokens.patchify import patchify, unpatchify
-from sora_jax.weights.layout import ModelFolder, load_folder
+from sora_jax.weights.layout import INDEX, ModelFolder, load_folder
+from sora_jax.weights.shipped import find_model
 
-SHIPPED = {"world": "world-1", "world-1": "world-1"}  # a bare name means the newest version
 MODEL_TIME = 1000.0  # the model's time is 1000 * sigma
 
 OUTPUTS = ("uint8", "float32")
@@ -112,10 +111,15 @@ class Pipeline:
 
     @classmethod
     def load(cls, model: epath.PathLike = "world", *, dtype: str = "auto") -> Pipeline:
-        """`model` is the name of a model that ships with the package, or the path or URL of a model folder."""
+        """`model` is the name of one that ships with the package, or path or URL of a model folder or a run's workdir."""
         runtime.enable_compile_cache()
         path = find_model(model)
-        folder = load_folder(path)
+        if (path / INDEX).exists():
+            folder = load_folder(path)
+        else:
+            from sora_jax.training.trained import model_of_run  # all of training: slow to import, and rarely needed
+
+            folder = model_of_run(path)
         return cls(folder, folder.defaults.version or path.name, dtype)
 
     # -------------------------------------------------------------------------------------------- sampling
@@ -362,17 +366,6 @@ class Pipeline:
 
 
 # ------------------------------------------------------------------------------------------------ helpers
-
-
-def find_model(model: epath.PathLike) -> epath.Path:
-    """The folder of a shipped name, or of a path or URL. Raises `UserError` naming what is known."""
-    name = str(model)
-    if name in SHIPPED:
-        return epath.Path(Path(__file__).parent / "shipped" / SHIPPED[name])
-    path = epath.Path(model)
-    if not path.exists():
-        raise UserError(f"unknown model {name!r}: no folder of that name, and {nearest(name, SHIPPED)}")
-    return path
 
 
 def _structure(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.GraphDef:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from sora_jax.models.text_encoder import TextEncoder
 from sora_jax.models.transformer import Transformer
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.weights.component import load_component
+from sora_jax.weights.shipped import find_model
 from sora_jax.weights.umt5 import TEXT_ENCODER
 from sora_jax.weights.wan import AUTOENCODER, TRANSFORMER
 
@@ -77,12 +77,7 @@ def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> Run:
 
 def find_pretrained(name: str) -> epath.Path:
     """The folder of a shipped model's name, of a model folder, or of a run."""
-    shipped = Path(__file__).parents[1] / "assets"
-    named = sorted(shipped.glob(f"{name}-*"), key=lambda path: path.name) if "/" not in name else []
-    for path in (shipped / name, *reversed(named)):
-        if name and (path / "model_index.json").exists():
-            return epath.Path(path)
-    path = epath.Path(name)
+    path = find_model(name)
     if (path / "model_index.json").exists() or is_workdir(path):
         return path
     raise UserError(f"{name} is no shipped model, no model folder (model_index.json) and no workdir of a run")

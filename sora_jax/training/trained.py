@@ -1,0 +1,78 @@
+"""A run's workdir as a model: what sampling, evaluation and export take beside model folders."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from etils import epath
+from jax.sharding import Mesh
+
+from sora_jax.config import Config
+from sora_jax.errors import UserError
+from sora_jax.models.tokenizer import ByteTokenizer
+from sora_jax.training.pretrained import load_autoencoder, load_run
+from sora_jax.weights.defaults import SamplingDefaults, SchedulerDefaults
+from sora_jax.weights.layout import ModelFolder
+
+
+def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None) -> ModelFolder:
+    """The averaged parameters of a diffusion run, with the autoencoder that its latents were made by.
+
+    Raises `UserError` for a run without a checkpoint, and for one that trained an autoencoder alone.
+    """
+    run = load_run(workdir, mesh)
+    config = run.config
+    if "transformer" not in run.params:
+        raise UserError(
+            f"{workdir} has trained an autoencoder, which makes no videos alone: name a run of the diffusion stage"
+        )
+    autoencoder_config, autoencoder = load_autoencoder(config.data.autoencoder)
+    sample = config.sample
+    return ModelFolder(
+        transformer_config=config.transformer,
+        transformer=run.params["transformer"],
+        autoencoder_config=autoencoder_config,
+        autoencoder=autoencoder,
+        text_encoder_config=config.text_encoder,
+        text_encoder=run.params["text_encoder"],
+        # Sampling gives every prompt as many places as training rows had text.
+        tokenizer=ByteTokenizer(max_length=config.data.row_text),
+        scheduler=SchedulerDefaults(sample.solver, sample.shift),
+        defaults=SamplingDefaults(
+            version=f"{workdir.name}-{run.step}",
+            frames=sample.frames,
+            height=sample.height,
+            width=sample.width,
+            fps=sample.fps,
+            steps=sample.steps,
+            guidance=sample.guidance,
+            card=facts_of_run(config, run.step, workdir),
+        ),
+        path=workdir,
+    )
+
+
+def facts_of_run(config: Config, step: int, workdir: epath.Path) -> dict[str, Any]:
+    """What the model card says of the training: data, length, and the last validation before `step`."""
+    world = "the procedural world of sora_jax (rendered; no footage of anyone)"
+    return {
+        "data": world if config.data.source == "world" else config.data.source,
+        "clips": config.data.clips,
+        "steps": step,
+        "batch_size": config.train.batch_size,
+        "licence": "Apache-2.0" if config.data.source == "world" else "that of its training data",
+        "figures": _last_validation(workdir / "metrics.jsonl", step),
+    }
+
+
+def _last_validation(metrics: epath.Path, step: int) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for text in metrics.read_text().splitlines() if metrics.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # a line torn by a kill
+        if line.get("step", 0) <= step and "validation_loss" in line:
+            figures = {name: value for name, value in line.items() if name.startswith("validation")}
+    return figures
