@@ -1,6 +1,6 @@
 """Batches of clips for the autoencoder, rendered on the fly a few steps ahead.
 
-Batch b is a pure function of (seed, b): whether it is of videos or of images, and which clips. So the state is one number.
+Batch b is a function of (seed, b): whether it is of videos or of images, and which clips. So the state is one number.
 """
 
 from __future__ import annotations

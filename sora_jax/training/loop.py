@@ -5,8 +5,8 @@ a mesh, a state that is initialised or restored, a loop, and files in the workdi
 
     config.json  metrics.jsonl  tensorboard/  checkpoints/  samples/
 
-A run that is killed at any moment and started again goes on as if it had not been: same batches, same noise, same losses
-to the bit (on the same kind of device). SIGTERM and Ctrl-C end it after the step at hand, with a checkpoint.
+A run that is killed at any moment and started again goes on as if it had not been: same batches, same noise, same
+losses to the bit (on the same kind of device). SIGTERM and Ctrl-C end it after the step at hand, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -159,14 +159,19 @@ def train(
 
     # ----------------------------------------------------------------------------------------------------------- loop
     step = saved = start
+    compiled: set[Any] = set()  # shapes of the batches seen so far; a new one is a new program
     with stop_signals(say) as stop, jax.set_mesh(mesh):
         window.begin(start)
         try:
             while step < settings.steps:
                 with clock.spent_on("data"):
                     batch = place(next(stage.batches), mesh)
-                with clock.spent_on("compile" if step == start else "dispatch"):
+                shape = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+                if shape not in compiled:
+                    late.flush()
+                with clock.spent_on("dispatch" if shape in compiled else "compile"):
                     state, metrics = stage.step(state, batch)
+                compiled.add(shape)
                 step += 1
                 last = step == settings.steps
                 if stage.validate and (due(step, settings.validate_every) or last):

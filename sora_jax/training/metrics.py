@@ -148,7 +148,7 @@ class LateMetrics:
 
 
 class Clock:
-    """Seconds since the start, and what they went to: "data", "validation", "samples", "checkpoint"; the rest is steps."""
+    """Seconds since the start, and what they went to: "data", "validation", "checkpoint", ...; the rest is steps."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
