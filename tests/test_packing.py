@@ -59,7 +59,7 @@ def test_unbounded_plan_places_every_clip_once_within_limits(shapes):
     plan = plan_rows(shapes, **ROW)
     assert Counter(i for row in plan for i in row) == Counter(range(len(shapes)))
     for row in plan:
-        assert row, "no empty row is opened"
+        assert row, "an empty row was opened"
         for axis, limit in enumerate((48, 24, 8)):
             assert sum(shapes[i][axis] for i in row) <= limit
 

@@ -395,6 +395,16 @@ class LatentSource(Sequence[LatentRecord]):
         return total
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these records from others, as JSON gives it back."""
+        return {
+            "autoencoder": self.info.autoencoder_hash,
+            "source": self.info.source,
+            "first": self._range.start,
+            "records": len(self),
+        }
+
+    @property
     def longest_caption(self) -> str:
         """The caption of the whole cache with most bytes."""
         return max((entry.longest_caption for entry in self._shards), key=_utf8, default="")

@@ -106,6 +106,71 @@ def clip_shape(clip: Clip, patch: Stride = Stride(1, 1, 1)) -> ClipShape:
 # ---------------------------------------------------------------------------------------------------------------- plan
 
 
+class FirstFit:
+    """Places clips one by one, each in the first row that has room for its tokens, its text and its groups.
+
+    First-fit (Johnson 1973) depends on the order of the clips alone. `rows` is the list of rows so far, each a list of
+    the keys that were given with its clips; with `max_rows`, that many rows are there from the start.
+    `least` is the smallest clip that may still come, on each axis: rows without room for it are closed.
+    """
+
+    def __init__(
+        self,
+        row_tokens: int,
+        row_text: int,
+        row_groups: int,
+        *,
+        max_rows: int | None = None,
+        least: ClipShape | None = None,
+    ):
+        self.limits = ClipShape(row_tokens, row_text, row_groups)
+        self.least = least or ClipShape(1, 0, 1)
+        self.max_rows = max_rows
+        self.rows: list[list[int]] = [[] for _ in range(max_rows or 0)]
+        self._free = [list(self.limits) for _ in self.rows]
+        self._open = list(range(len(self.rows)))
+
+    @property
+    def full(self) -> bool:
+        """Whether no clip that may still come finds room."""
+        return self.max_rows is not None and not self._open
+
+    def place(self, key: int, shape: ClipShape, name: str | None = None) -> bool:
+        """Put a clip into a row, or return False when none has room (only with `max_rows`).
+
+        Raises `UserError` for a clip that would not fit an empty row, naming it and the limit.
+        """
+        for what, size, limit, option in zip(_WHAT, shape, self.limits, _OPTIONS, strict=True):
+            if size > limit:
+                raise UserError(
+                    f"{name or f'clip {key}'} has {size} {what} and a row holds {limit}: "
+                    f"raise {option} to {size} or leave it out"
+                )
+        tokens, text, frames = shape
+        for row in self._open:
+            free = self._free[row]
+            if tokens <= free[0] and text <= free[1] and frames <= free[2]:
+                break
+        else:
+            if self.max_rows is not None:
+                return False
+            row, free = len(self.rows), list(self.limits)
+            self.rows.append([])
+            self._free.append(free)
+            self._open.append(row)
+        self.rows[row].append(key)
+        free[0] -= tokens
+        free[1] -= text
+        free[2] -= frames
+        if free[0] < self.least.tokens or free[1] < self.least.text or free[2] < self.least.frames:
+            self._open.remove(row)
+        return True
+
+
+_WHAT = ("tokens", "text tokens", "latent frames")
+_OPTIONS = ("row_tokens", "row_text", "row_groups")
+
+
 def plan_rows(
     shapes: Sequence[ClipShape],
     *,
@@ -115,52 +180,20 @@ def plan_rows(
     rows: int | None = None,
     names: Sequence[str] | None = None,
 ) -> list[list[int]]:
-    """Which clips go into which row: first-fit in the given order (Johnson 1973), so the plan is deterministic.
+    """Which clips go into which row, by `FirstFit` in the given order: the same shapes always give the same plan.
 
-    A clip goes into the first row that has room for its tokens, its text and (when bounded) its groups.
     Returns, for each row, the indices into `shapes` in the order they were placed. Without `rows`, as many rows as
-    it takes, and every clip is in exactly one. With `rows`, exactly that many (the last may be empty); clips that
+    it takes, and every clip is in exactly one. With `rows`, exactly that many (some may be empty); clips that
     found no room are in none of them: `left_over` lists these, for the next step.
 
     Raises `UserError` for a clip that would not fit an empty row, naming it (by `names`) and the limit.
     """
-    limits = (row_tokens, row_text, row_groups if row_groups is not None else sum(s.frames for s in shapes))
+    least = ClipShape(*(min((shape[axis] for shape in shapes), default=0) for axis in range(3)))
+    groups = row_groups if row_groups is not None else sum(shape.frames for shape in shapes)
+    packer = FirstFit(row_tokens, row_text, groups, max_rows=rows, least=least)
     for index, shape in enumerate(shapes):
-        _refuse_too_large(shape, limits, names[index] if names is not None else f"clip {index}")
-    least = tuple(min((shape[axis] for shape in shapes), default=0) for axis in range(3))
-    plan: list[list[int]] = []
-    free: list[list[int]] = []
-    open_rows: list[int] = []  # rows that still have room for the smallest clip, in order
-    for index, shape in enumerate(shapes):
-        tokens, text, frames = shape
-        for row in open_rows:
-            room = free[row]
-            if tokens <= room[0] and text <= room[1] and frames <= room[2]:
-                break
-        else:
-            if rows is not None and len(plan) == rows:
-                continue
-            row, room = len(plan), list(limits)
-            plan.append([])
-            free.append(room)
-            open_rows.append(row)
-        plan[row].append(index)
-        room[0] -= tokens
-        room[1] -= text
-        room[2] -= frames
-        if room[0] < least[0] or room[1] < least[1] or room[2] < least[2]:
-            open_rows.remove(row)
-    return plan + [[] for _ in range((rows or 0) - len(plan))]
-
-
-def _refuse_too_large(shape: ClipShape, limits: tuple[int, int, int], name: str) -> None:
-    for what, size, limit, option in zip(
-        ("tokens", "text tokens", "latent frames"), shape, limits, ("row_tokens", "row_text", "row_groups"), strict=True
-    ):
-        if size > limit:
-            raise UserError(
-                f"{name} has {size} {what} and a row holds {limit}: raise {option} to {size} or leave it out"
-            )
+        packer.place(index, shape, names[index] if names is not None else None)
+    return packer.rows
 
 
 def left_over(plan: Sequence[Sequence[int]], count: int) -> list[int]:

@@ -1,0 +1,223 @@
+"""The endless stream of clips that a loader packs: which record comes when, how much of it, and with which caption.
+
+Element e is a pure function of (seed, e): its record, whether it is cut to an image or a shorter clip, which caption it
+gets, and whether that is dropped. So neither the number of workers nor a restart changes what comes, and a place in the
+stream is a number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from sora_jax.data.latents import BadRecordError, LatentRecord
+from sora_jax.errors import UserError
+from sora_jax.shapes import Stride
+
+_CHUNK = 16  # elements that travel from a worker at once
+
+Tokenize = Callable[[str], Sequence[int]]
+
+
+@runtime_checkable
+class Records(Protocol):
+    """What a loader reads: a `LatentSource`, or a list of records."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> LatentRecord: ...
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """What a loader makes of its source; all of it but `workers` and `prefetch` decides which batches come."""
+
+    rows: int  # B: rows a step, of this process
+    row_tokens: int  # N
+    row_text: int  # L
+    row_groups: int  # G
+    patch: Stride = Stride(1, 1, 1)
+    seed: int = 0
+    image_share: float = 0.0  # of the clips, cut to their first frame, with a caption of that frame
+    prefix_share: float = 0.0  # of the clips, cut to a shorter clip of at least 2 latents
+    caption_dropout: float = 0.0  # of the clips, with the empty prompt
+    shuffle: bool = True
+    epochs: int | None = None  # None: for ever
+    plan_steps: int = 1  # steps planned together, so that rows of like cost come in one step
+    process_index: int = 0
+    process_count: int = 1
+    workers: int = 0  # processes that read; 0 = a thread of this one
+    prefetch: int = 2  # batches made ahead; 0 = none, in the caller's thread
+
+    def __post_init__(self) -> None:
+        for name in ("image_share", "prefix_share", "caption_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must be in [0, 1], not {getattr(self, name)}")
+        if self.image_share + self.prefix_share > 1:
+            raise UserError(
+                f"image_share {self.image_share} and prefix_share {self.prefix_share} are more than 1 together"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"the loader's seed must be in [0, 2^32), not {self.seed}")
+        if not 0 <= self.process_index < self.process_count:
+            raise UserError(f"process {self.process_index} of {self.process_count} cannot be")
+        for name, least in (
+            ("rows", 1),
+            ("row_tokens", 1),
+            ("row_text", 1),
+            ("row_groups", 1),
+            ("plan_steps", 1),
+            ("workers", 0),
+        ):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be >= {least}, not {getattr(self, name)}")
+
+
+class Element(NamedTuple):
+    """One clip of the stream, as it goes into a row."""
+
+    number: int  # in the stream of all processes
+    record: int
+    latents: np.ndarray | None  # float16 [F, h, w, C]; None when the record could not be read
+    text: np.ndarray  # int32 [L]
+    name: str  # where the clip came from, or why it could not be read
+
+
+def cut_and_caption(
+    record: LatentRecord, rng: np.random.Generator, image_share: float, prefix_share: float
+) -> tuple[np.ndarray, str]:
+    """The latents of the clip, or of a first part of it, and one caption that is true of that part.
+
+    One or two latents are an image or less than a second, in which hardly anything happens, so these take a caption
+    of the first frame; a clip that has none is not cut so short.
+    """
+    cut, length, which = rng.random(3)
+    frames = len(record.latents)
+    shortest = 2 if record.captions_image else 3
+    if frames > 1 and record.captions_image and cut < image_share:
+        keep = 1
+    elif frames > shortest and image_share <= cut < image_share + prefix_share:
+        keep = shortest + int(length * (frames - shortest))
+    else:
+        keep = frames
+    captions = record.captions_image if keep < min(frames, 3) else record.captions
+    return record.latents[:keep], captions[int(which * len(captions))] if captions else ""
+
+
+class Elements:
+    """The stream of all processes, by number: `epochs` times all records, in an order that is new each time.
+
+    The order is a permutation per epoch, 8 bytes a record. (Grain's own shuffle finds a place by trial in a block of
+    2^16, which takes 4 ms when there are ten records; and seed + 1 has the epochs of seed, moved by one.)
+    """
+
+    def __init__(self, source: Records, tokenize: Tokenize, options: LoaderOptions):
+        self.source, self.tokenize, self.options = source, tokenize, options
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return sys.maxsize if self.options.epochs is None else self.options.epochs * len(self.source)
+
+    def __getitem__(self, number: int) -> Element:
+        options, record = self.options, self.record(number)
+        try:
+            clip = self.source[record]
+        except BadRecordError as error:
+            return Element(number, record, None, np.zeros(0, np.int32), str(error))
+        rng = random_stream(options.seed, number)
+        latents, caption = cut_and_caption(clip, rng, options.image_share, options.prefix_share)
+        if rng.random() < options.caption_dropout:
+            caption = ""
+        return Element(number, record, latents, np.asarray(self.tokenize(caption), np.int32), clip.source)
+
+    def record(self, number: int) -> int:
+        epoch, place = divmod(number, len(self.source))
+        if not self.options.shuffle:
+            return place
+        if epoch not in self._orders:
+            if len(self._orders) > 1:  # the last two epochs: processes and carried clips straddle them
+                self._orders.pop(min(self._orders))
+            self._orders[epoch] = random_stream(self.options.seed, epoch, 1).permutation(len(self.source))
+        return int(self._orders[epoch][place])
+
+
+def random_stream(seed: int, number: int, purpose: int = 0) -> np.random.Generator:
+    """A stream of random numbers of its own for each number: independent of who draws, and in what order."""
+    return np.random.Generator(np.random.Philox(key=[seed + (purpose << 32), number]))
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def stream(elements: Elements, start: int) -> Generator[Element, None, None]:
+    """This process's elements, from its `start`-th on, in an order that does not depend on the number of workers."""
+    options = elements.options
+    first, step = options.process_index + start * options.process_count, options.process_count
+    if first >= len(elements):
+        return
+    if not options.workers:
+        yield from (elements[number] for number in range(first, len(elements), step))
+        return
+
+    # Grain brings in JAX and absl; whoever reads in this process does without.
+    import grain
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's workers read their flags, and outside absl.app nobody parses them
+    # Chunks are cut before they are dealt to workers: the other way round, the order would depend on their number.
+    # They travel as bytes: Grain gives every array a shared memory of its own, which costs more than clips so small.
+    chunks = grain.MapDataset.source(elements).slice(slice(first, None, step)).batch(_CHUNK, batch_fn=pickle.dumps)
+    read = chunks.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=options.workers, per_worker_buffer_size=2),
+        worker_init_fn=_start_worker,
+    )
+    # JAX reads this when it is imported, in the new process before any function of ours runs there.
+    with _environment(JAX_PLATFORMS="cpu"):
+        chunk_iterator = iter(read)
+        chunk = next(chunk_iterator, None)
+    try:
+        while chunk is not None:
+            yield from pickle.loads(chunk)
+            chunk = next(chunk_iterator, None)
+    finally:
+        chunk_iterator.close()
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _start_worker(index: int, count: int) -> None:
+    """In a new worker: leave signals to the parent, which saves its state first, and do not outlive it."""
+    del index, count
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # a parent killed with SIGKILL tells nobody
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
