@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from sora_jax.errors import UserError
 
@@ -56,10 +57,12 @@ class Checkpoints:
     ):
         self.folder = epath.Path(folder)
         self._say = say
+        self._read_only = read_only
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_names=("state", "notes"),
+            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "notes": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 create=not read_only,
@@ -115,7 +118,8 @@ class Checkpoints:
     # --------------------------------------------------------------------------------------------------------- restore
 
     def steps(self) -> list[int]:
-        """Committed steps, oldest first."""
+        """Committed steps, oldest first; a save that is under way is waited for."""
+        self.wait()
         self._manager.reload()
         return sorted(self._manager.all_steps())
 
@@ -146,6 +150,8 @@ class Checkpoints:
         step = self.newest_good()
         if step is None:
             return None
+        if not self._read_only:
+            self._set_aside_after(step)
         wanted = _by_name(like, part)
         saved = self._manager.item_metadata(step)["state"]
         # Orbax has wrapped this tree in different classes over time; each can be indexed by key.
@@ -162,6 +168,21 @@ class Checkpoints:
             ),
         )
         return Restored(step, _from_names(restored["state"], like, part), restored["notes"])
+
+    def _set_aside_after(self, good: int) -> None:
+        """Make way for new checkpoints of the steps that are damaged: 3 becomes 3.damaged, which nobody reads."""
+        damaged = [step for step in self.steps() if step > good]
+        if not damaged:
+            return
+        if jax.process_index() == 0:
+            for step in damaged:
+                aside = self.folder / f"{step}.damaged"
+                if aside.exists():
+                    aside.rmtree()
+                (self.folder / str(step)).rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        self._manager.reload()
 
     def _fault(self, step: int) -> str:
         """What is wrong with the files of a step; empty when nothing is."""
