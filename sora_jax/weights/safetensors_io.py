@@ -48,7 +48,7 @@ def read_header(path: epath.Path) -> dict[str, StoredTensor]:
         header = file.read(length) if len(prefix) == 8 and length <= MAX_HEADER else b""
         if not header or len(header) < length:
             raise UserError(f"{path} is not a safetensors file, or is cut off in its header")
-        size = file.seek(0, 2)
+    size = path.stat().length
     try:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
