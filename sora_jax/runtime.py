@@ -93,9 +93,8 @@ def compute_dtype(name: str = "auto", devices: Sequence[jax.Device] | None = Non
 
 
 def attention_backend(devices: Sequence[jax.Device]) -> str:
-    """The form that `models.attention` takes on these devices; the blockwise one runs on all of them."""
-    del devices
-    return "blockwise"
+    """The form that `models.attention` takes for long rows on these devices; the blockwise one runs on all of them."""
+    return "splash" if devices[0].platform == "tpu" else "blockwise"
 
 
 def enable_compile_cache() -> str:

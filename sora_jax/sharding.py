@@ -9,7 +9,7 @@ The table as logical -> mesh axes, with collisions rejected, follows jax-ml/jax-
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,6 +91,16 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def shard_over_mesh(
+    function: Callable[..., jax.Array], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec
+) -> Callable[..., jax.Array]:
+    """`function` applied to each device's part, for kernels that XLA cannot partition; as it is without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def param_shardings(params: Any, mesh: Mesh) -> Any:

@@ -15,7 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sora_jax.sharding import shard_over_mesh, spec
+
 MASKED = -1e30  # not -inf: a row of -inf would make softmax NaN before it is zeroed
+SPLASH_WIDTH = 128  # head widths that the TPU kernel takes are multiples of this
 BLOCK = 512  # queries at a time; measured best on CPU, and keeps memory linear in N
 
 
@@ -100,8 +103,27 @@ def attention(
     """Attention by ids; self-attention passes `segment_ids` twice, cross-attention `prompt_ids` against `text_ids`.
 
     `block_ids` (self-attention only) makes it causal over blocks: a token sees blocks up to its own.
-    Short rows are materialised in one piece, long ones go block by block.
+    Short rows are materialised in one piece. Long ones go block by block, and on TPU through the splash kernel where it
+    can take them; the choice follows the platform the program is compiled for, not the one it is traced on.
     """
     if q.shape[1] <= BLOCK:
         return reference_attention(q, k, v, visible(q_ids, kv_ids, block_ids, block_ids))
-    return blockwise_attention(q, k, v, q_ids, kv_ids, block_ids, block_ids)
+    if block_ids is not None or q.shape[-1] % SPLASH_WIDTH or not _rows_and_heads_divide(q):
+        return blockwise_attention(q, k, v, q_ids, kv_ids, block_ids, block_ids)
+
+    def splash(*arrays: jax.Array) -> jax.Array:
+        from sora_jax.models.splash import splash_attention  # imports Pallas: half a second that only long rows pay
+
+        heads, ids = spec(("batch", None, "heads", None)), spec(("batch", None))
+        return shard_over_mesh(splash_attention, (heads, heads, heads, ids, ids), heads)(*arrays)
+
+    return jax.lax.platform_dependent(q, k, v, q_ids, kv_ids, tpu=splash, default=blockwise_attention)
+
+
+def _rows_and_heads_divide(q: jax.Array) -> bool:
+    """Whether the mesh cuts rows and heads evenly and leaves tokens whole, as a kernel that XLA cannot partition needs."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return True
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    return mesh.shape["sequence"] == 1 and q.shape[0] % rows == 0 and q.shape[2] % mesh.shape["tensor"] == 0
