@@ -26,7 +26,7 @@ def _line(times: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, float]:
     return slope, float(np.sqrt((residual**2).sum(1).mean()))
 
 
-def _present(track: Track, share: float = 0.7) -> bool:
+def _present(track: Track, share: float) -> bool:
     return bool(track.seen.mean() >= share)
 
 
@@ -36,10 +36,10 @@ def _size_steady(track: Track) -> bool:
     return len(radii) < 2 or bool(radii.max() < 1.3 * radii.min())
 
 
-def slides(track: Track, direction: str, unit: float) -> bool:
-    """Constant velocity in a direction (any when ""), for at least 7 units."""
+def slides(track: Track, direction: str, unit: float, present: float = 0.7) -> bool:
+    """Constant velocity in a direction (any when ""), for at least 7 units and a `present` share of the clip."""
     use = track.whole if track.whole.sum() >= 4 else track.seen
-    if use.sum() < 4 or not _size_steady(track):
+    if use.sum() < 4 or not _present(track, present) or not _size_steady(track):
         return False
     slope, residual = _line(_times(use), track.centers[use])
     speed = float(np.hypot(*slope))
@@ -58,13 +58,14 @@ def rests(track: Track, direction: str, unit: float) -> bool:
 
 
 def bounces(track: Track, direction: str, unit: float) -> bool:
-    """It falls, turns at the bottom, and comes up again, less high than it was; drifting in `direction` if given."""
+    """It falls, turns at the bottom, and comes up again, less high than it was; it may drift evenly."""
     if not _present(track, 0.8) or not _size_steady(track):
         return False
     x, y = track.centers[track.seen].T
-    low = int(y[: max(2, 2 * len(y) // 3)].argmax())  # the first hit
-    if low == 0 or low == len(y) - 1:
+    turns = np.flatnonzero((np.diff(y[:-1]) > 0) & (np.diff(y[1:]) < 0) & (y[1:-1] > (y.min() + y.max()) / 2))
+    if not len(turns) or _line(np.arange(len(x), dtype=np.float64), x[:, None])[1] > 1.5 * unit:
         return False
+    low = int(turns[0]) + 1  # the first hit
     fallen, risen = y[low] - y[: low + 1].min(), y[low] - y[low:].min()
     if fallen < 9 * unit or risen < 4 * unit or risen > 1.05 * fallen:
         return False
@@ -96,7 +97,7 @@ def orbits(track: Track, direction: str, unit: float) -> bool:
     points = track.centers[track.seen]
     # circle through the points by least squares (Kasa 1976): x^2 + y^2 = 2 a x + 2 b y + c
     matrix = np.column_stack([2 * points, np.ones(len(points))])
-    (a, b, c), *_ = np.linalg.lstsq(matrix, (points**2).sum(1), rcond=None)
+    (a, b, _), *_ = np.linalg.lstsq(matrix, (points**2).sum(1), rcond=None)
     away = points - (a, b)
     distance = np.hypot(*away.T)
     ring = float(distance.mean())

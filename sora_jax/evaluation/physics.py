@@ -7,6 +7,7 @@ Every law is a function `law(seen: Tracking, truth: Truth) -> bool` that speaks 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -85,7 +86,7 @@ def flights(track: Track, unit: float) -> list[Flight]:
         if loss[step] < limit[step] * unit and all(abs(step - other) > 2 for other in hits):
             hits.append(int(step))
     edges = [0, *sorted(step + 1 for step in hits), last]
-    return [Flight(a, b, y[a:b], x[a:b]) for a, b in zip(edges, edges[1:], strict=False) if b - a >= 2]
+    return [Flight(a, b, y[a:b], x[a:b]) for a, b in pairwise(edges) if b - a >= 2]
 
 
 def gravity(seen: Tracking, truth: Truth) -> bool:
@@ -121,7 +122,7 @@ def _hits(track: Track, unit: float) -> list[tuple[Flight, Flight, float, float,
     pull = GRAVITY * unit
     found = []
     parts = flights(track, unit)
-    for before, after in zip(parts, parts[1:], strict=False):
+    for before, after in pairwise(parts):
         y0, v0, _ = before.given(pull)
         y1, v1, _ = after.given(pull)
         if abs(v0 - v1) < 1e-6:
@@ -186,8 +187,10 @@ def continuity(seen: Tracking, truth: Truth) -> bool:
     """Objects neither vanish, nor appear, nor jump inside the frame: each is one unbroken track.
 
     A track may end only at the border (or, for a moment, behind an occluder), and an object that does not fall moves
-    less than 7 units a frame.
+    less than 7 units a frame (more in a short clip or a wide frame, which it crosses in the time it has).
     """
+    frames, height, width = seen.labels.shape
+    hurry = max(1.0, 16 / max(frames - 1, 1)) * max(height, width) / min(height, width)
     if len(seen.tracks) != len(truth.objects):
         return False
     for thing, track in zip(truth.objects, match_tracks(seen, truth), strict=True):
@@ -201,7 +204,7 @@ def continuity(seen: Tracking, truth: Truth) -> bool:
             return False
         if shown[-1] < len(track.seen) - 1 and not track.clipped[shown[-1]]:
             return False
-        limit = 15.5 if thing.motion in ("bounce", "fall") else 11.0 if thing.motion == "orbit" else 7.0
+        limit = 15.5 if thing.motion in ("bounce", "fall") else 11.0 if thing.motion == "orbit" else 7.0 * hurry
         steps = np.hypot(*np.diff(track.centers[shown], axis=0).T) / gaps
         if (steps > limit * seen.unit).any():
             return False
@@ -339,7 +342,7 @@ def ground_shift(frames: np.ndarray, seen: Tracking) -> float:
     margin = int(np.ceil(5 * seen.unit))
     inner = columns[margin:-margin]
     total = 0.0
-    for before, after in zip(profile, profile[1:], strict=False):
+    for before, after in pairwise(profile):
         moved = np.stack([np.interp(inner - shift, columns, before) for shift in shifts])
         total += float(shifts[((moved - after[margin:-margin]) ** 2).mean(1).argmin()])
     return total

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, Int8, UInt8
 
 from sora_jax.data.world.render import shape_distance
-from sora_jax.data.world.scene import COLORS, SHAPES
+from sora_jax.data.world.scene import COLORS, SHAPES, SQUARE_HALF, STAR_REACH, TRIANGLE_REACH
 
 _PALETTE = np.array(list(COLORS.values()), np.float32)
 _CHROMA = _PALETTE - _PALETTE.mean(1, keepdims=True)  # [colours, 3]
@@ -24,12 +25,11 @@ _MIN_CHROMA, _MIN_SATURATION = 40.0, 0.28  # of |v| and |v| / max(rgb); the most
 _MIN_AREA = 14.0  # square units: less is an edge or noise
 _GATE = 16.0  # units that an object may move between two frames: the fastest fall makes 13
 
-# Area of each shape for radius 1: ball, square, triangle, star
-_AREA = {
+_AREA = {  # of each shape with radius 1
     "ball": np.pi,
-    "square": np.pi,
-    "triangle": 0.75 * np.sqrt(3) * 1.4**2,
-    "star": 2.5 * np.sin(np.pi / 5) * 1.35**2,
+    "square": (2 * SQUARE_HALF) ** 2,
+    "triangle": 0.75 * np.sqrt(3) * TRIANGLE_REACH**2,
+    "star": 5 * STAR_REACH * (STAR_REACH / 2) * np.sin(np.pi / 5),
 }
 
 
@@ -49,10 +49,10 @@ class Track:
     """One object through time. Frames in which it is not seen hold nan."""
 
     color: str
-    centers: np.ndarray  # float64 [T, 2]
-    areas: np.ndarray  # float64 [T]
-    clipped: np.ndarray  # bool [T]
-    misfit: np.ndarray  # float64 [T, shapes]
+    centers: Float[np.ndarray, "T 2"]  # (x, y), pixels
+    areas: Float[np.ndarray, " T"]  # pixels
+    clipped: Bool[np.ndarray, " T"]  # touches the border of the frame
+    misfit: Float[np.ndarray, "T shapes"]  # see `Blobs`
 
     @property
     def seen(self) -> np.ndarray:
@@ -99,9 +99,9 @@ class Tracking:
     """What was found in a video."""
 
     tracks: tuple[Track, ...]  # longest first
-    counts: np.ndarray  # int [T]: patches in each frame
+    counts: Int[np.ndarray, " T"]  # patches in each frame
     blobs: Blobs
-    labels: np.ndarray  # int8 [T, H, W]: index in COLORS, -1 for ground
+    labels: Int8[np.ndarray, "T H W"]  # index in COLORS, -1 for ground
     unit: float
 
 
@@ -133,7 +133,7 @@ def _components(labels: np.ndarray) -> tuple[np.ndarray, int]:
     Works on horizontal runs of equal labels: runs that touch in neighbouring rows share the least of their numbers,
     again and again until nothing changes.
     """
-    frames, height, width = labels.shape
+    _, height, width = labels.shape
     rows = labels.reshape(-1, width)
     edge = np.ones((len(rows), width + 1), bool)
     edge[:, 1:-1] = rows[:, 1:] != rows[:, :-1]
@@ -183,7 +183,7 @@ def _core(labels: np.ndarray) -> np.ndarray:
 
 def find_blobs(video: np.ndarray, unit: float) -> tuple[Blobs, np.ndarray]:
     """Every patch of an object's colour in a uint8 video [T, H, W, 3], and the labels [T, H, W]."""
-    frames, height, width = video.shape[:3]
+    _, height, width = video.shape[:3]
     video = video.astype(np.float32)
     labels = _label(video)
     ids, count = _components(labels)
@@ -298,7 +298,7 @@ def _link(blobs: Blobs, frames: int, unit: float) -> list[list[int]]:
     return chains
 
 
-def track(frames: np.ndarray) -> Tracking:
+def track(frames: UInt8[np.ndarray, "T H W 3"]) -> Tracking:
     """Objects of the world in a uint8 video [T, H, W, 3]."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
         raise ValueError(f"a video is uint8 [T, H, W, 3], not {frames.dtype} {frames.shape}")

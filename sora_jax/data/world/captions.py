@@ -220,7 +220,7 @@ def _event_core(rng: np.random.Generator, shot: Shot, form: str, direction: bool
         return f"the camera pans {way} {_one(rng, ('past', 'over', 'across'))} {_article(_noun(rng, first))}"
     if shot.kind == "collision":
         one, other = _article(_noun(rng, first)), _article(_noun(rng, objects[1]))
-        if direction and rng.random() < 0.7:
+        if direction:
             verb = "rolls" if floor and first.shape == "ball" and rng.random() < 0.4 else _one(rng, ("slides", "moves"))
             return f"{one} {verb} {first.direction} {_one(rng, ('into', 'and hits'))} {other}"
         return f"{one} {_one(rng, ('hits', 'bumps into', 'knocks into'))} {other}"
@@ -329,22 +329,23 @@ def dense_caption(shot: Shot, rng: np.random.Generator) -> Said:
     raise AssertionError(f"no caption of {DENSE_BYTES} bytes for {core}")
 
 
+def _still(rng: np.random.Generator, shot: Shot, seen: Sequence[WorldObject], dense: bool, attempt: int) -> str:
+    where = _place(rng, shot) if dense or attempt < 8 else ""
+    behind = _wall(rng, shot) if dense else ""
+    what = _subject(rng, seen, terse=attempt >= 16) if seen else "nothing"
+    if dense and shot.occluder is not None:
+        what = f"{what} and a {shot.occluder.color} wall"
+    if dense and rng.random() < 0.3:
+        what = _one(rng, ("a picture of ", "an image of ")) + what
+    return _join(what, where, behind)
+
+
 def _image_captions(shot: Shot, rng: np.random.Generator, frame: int) -> Captions:
     """What can be seen in one frame: which things, how many, on what."""
     seen = [thing for thing in shot.objects if thing.visibility[frame] >= 0.4]
-
-    def say(dense: bool, attempt: int) -> str:
-        where = _place(rng, shot) if dense or attempt < 8 else ""
-        behind = _wall(rng, shot) if dense else ""
-        what = _subject(rng, seen, terse=attempt >= 16) if seen else "nothing"
-        if dense and shot.occluder is not None:
-            what = f"{what} and a {shot.occluder.color} wall"
-        if dense and rng.random() < 0.3:
-            what = _one(rng, ("a picture of ", "an image of ")) + what
-        return _join(what, where, behind)
-
-    short = next(text for text in (say(False, n) for n in range(24)) if len(text) <= SHORT_BYTES)
-    dense = next(text for text in (say(True, n) for n in range(24)) if len(text) <= DENSE_BYTES)
+    tries = range(24)
+    short = next(text for n in tries if len(text := _still(rng, shot, seen, False, n)) <= SHORT_BYTES)
+    dense = next(text for n in tries if len(text := _still(rng, shot, seen, True, n)) <= DENSE_BYTES)
     return Captions(short, dense)
 
 

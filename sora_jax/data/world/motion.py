@@ -136,12 +136,17 @@ def exit_(rng: np.random.Generator, stage: Stage, shape: str, radius: float, dir
     return path._replace(centers=path.centers[::-1].copy(), direction=direction)
 
 
+def _drop(rng: np.random.Generator, stage: Stage, floor: float, top: float) -> float:
+    """The y from which to drop what comes to rest at `floor`: 25 to 40 units higher, and within the frame."""
+    return _between(rng, max(0.8 * top, floor - 40 * stage.unit), floor - 25 * stage.unit)
+
+
 def fall(rng: np.random.Generator, stage: Stage, shape: str, radius: float) -> Path:
     """Dropped from near the top: accelerates, lands on the floor, and stays there."""
     path = rest(rng, stage, shape, radius)
     gravity = GRAVITY * stage.unit
     floor = path.centers[0, 1]
-    start = _between(rng, OUTLINES[shape].top * radius * 0.8, floor - 26 * stage.unit)
+    start = _drop(rng, stage, floor, OUTLINES[shape].top * radius)
     heights, hits = bounce_height(stage.times, floor - start, gravity, restitution=0.0)
     path.centers[:, 1] = floor - heights
     return path._replace(events=tuple(Event("land", hit, (0,)) for hit in hits[:1]))
@@ -153,7 +158,7 @@ def bounce(rng: np.random.Generator, stage: Stage, shape: str, radius: float, dr
     path = rest(rng, stage, shape, radius)
     gravity = GRAVITY * stage.unit
     floor = path.centers[0, 1]
-    start = _between(rng, outline.top * radius * 0.8, floor - 24 * stage.unit)
+    start = _drop(rng, stage, floor, outline.top * radius)
     heights, hits = bounce_height(stage.times, floor - start, gravity, restitution=rng.uniform(0.72, 0.86))
     path.centers[:, 1] = floor - heights
     if drift:

@@ -11,6 +11,7 @@ from sora_jax.data.world.scene import COLORS, DIRECTIONS, MOTIONS, SHAPES, SIZES
 from sora_jax.errors import UserError
 
 _ON_FLOOR = ("slide", "bounce", "fall", "rest", "enter", "exit")  # motions that make sense on a floor
+_DROPS = ("bounce", "fall")  # and these need one
 _APART = ("slide", "bounce", "fall", "grow", "shrink", "rest")  # motions that share a frame with another one
 
 
@@ -66,53 +67,57 @@ def _direction(rng: np.random.Generator, name: str, floor: bool) -> str:
     return pick(rng, tuple(DIRECTIONS)) if name == "slide" else ""
 
 
+def _spec(rng: np.random.Generator, name: str, direction: str, size: str, shapes: tuple[str, ...] = SHAPES) -> Spec:
+    return Spec(pick(rng, shapes), pick(rng, tuple(COLORS)), size, name, direction)
+
+
 def draw_plan(rng: np.random.Generator, kind: str, mix: Mix, moving: bool) -> Plan:
     """Draws what happens in a shot of a kind; without regard to the split, which the caller checks."""
     floor = bool(rng.random() < mix.floor)
-    motions = MOTIONS if moving else ("rest",)
-
-    def spec(name: str, direction: str, shapes: Sequence[str] = SHAPES, size: str = "") -> Spec:
-        size = size or choose(rng, tuple(SIZES), mix)
-        return Spec(pick(rng, shapes), pick(rng, tuple(COLORS)), size, name, direction)
-
+    if kind == "pair":
+        return _draw_pair(rng, floor, mix, moving)
     if kind == "single":
-        name = choose(rng, motions, mix)
-        floor = name in ("bounce", "fall") or (floor and name in _ON_FLOOR)
-        return Plan(kind, floor, (spec(name, _direction(rng, name, floor)),))
+        name = choose(rng, MOTIONS if moving else ("rest",), mix)
+        floor = name in _DROPS or (floor and name in _ON_FLOOR)
+        size = choose(rng, tuple(SIZES), mix)
+        return Plan(kind, floor, (_spec(rng, name, _direction(rng, name, floor), size),))
     if kind == "pan":
-        return Plan(kind, False, (spec("rest", ""),))
+        return Plan(kind, False, (_spec(rng, "rest", "", choose(rng, tuple(SIZES), mix)),))
+    direction = pick(rng, ("left", "right"))
     if kind == "occluder":
-        return Plan(kind, floor, (spec("slide", pick(rng, ("left", "right")), size="small"),))
-    if kind == "collision":
-        direction = pick(rng, ("left", "right"))
-        # On a floor both have one size, so that they meet head-on; two of medium size would have no room to move
-        sizes = ("small", "small") if floor else _pick_pair(rng)
-        first = spec("slide", direction, ("ball", "square"), sizes[0])
-        second = spec("rest", "", ("ball", "square"), sizes[1])
-        return Plan(kind, floor, (first, second))
+        return Plan(kind, floor, (_spec(rng, "slide", direction, "small"),))
+    # A collision. On a floor both have one size, so that they meet head-on; two of medium size have no room to move
+    sizes = ("small", "small") if floor else _pick_pair(rng)
+    first = _spec(rng, "slide", direction, sizes[0], ("ball", "square"))
+    second = _spec(rng, "rest", "", sizes[1], ("ball", "square"))
+    return Plan(kind, floor, (first, second))
 
+
+def _draw_pair(rng: np.random.Generator, floor: bool, mix: Mix, moving: bool) -> Plan:
+    """Two objects: twins, or two kinds that move together, or two kinds that each do their own thing."""
     how = choose(rng, ("twins", "together", "apart"), mix)
     small = Mix(small=mix.small + mix.large, medium=mix.medium, large=0.0)  # two large ones would not fit
     sizes = [choose(rng, ("small", "medium"), small) for _ in range(2)]
-    if how == "apart" and moving:
-        first_name = choose(rng, _APART, mix)
-        floor = first_name in ("bounce", "fall") or (floor and first_name in _ON_FLOOR)
-        second_name = choose(rng, [m for m in _APART if m != first_name and (m in _ON_FLOOR or not floor)
-                                    and (floor or m not in ("bounce", "fall"))], mix)  # fmt: skip
-        names = [first_name, second_name]
-        directions = [_direction(rng, name, floor) for name in names]
-    else:
-        name = choose(rng, [m for m in motions if m not in ("enter", "exit")], mix)
-        floor = name in ("bounce", "fall") or (floor and name in _ON_FLOOR)
-        names, directions = [name] * 2, [_direction(rng, name, floor)] * 2
-    first = spec(names[0], directions[0], size=sizes[0])
-    second = first if how == "twins" else spec(names[1], directions[1], size=sizes[1])
+    motions = [name for name in MOTIONS if name not in ("enter", "exit")] if moving else ["rest"]
+    name = choose(rng, motions, mix)
+    floor = name in _DROPS or (floor and name in _ON_FLOOR)
+    names, directions = [name] * 2, [_direction(rng, name, floor)] * 2
+    others = [
+        other
+        for other in _APART
+        if other != name and getattr(mix, other) > 0 and (other in _ON_FLOOR if floor else other not in _DROPS)
+    ]
+    if how == "apart" and name in _APART and moving and others:
+        names[1] = choose(rng, others, mix)
+        directions[1] = _direction(rng, names[1], floor)
+    first = _spec(rng, names[0], directions[0], sizes[0])
+    second = first if how == "twins" else _spec(rng, names[1], directions[1], sizes[1])
     orbit_pair = ""
     if names == ["orbit", "orbit"]:
         orbit_pair = "opposite" if how == "twins" or rng.random() < 0.4 else "around"
         if orbit_pair == "around":
             second = second._replace(motion="rest", direction="")
-    return Plan(kind, floor, (first, second), orbit_pair)
+    return Plan("pair", floor, (first, second), orbit_pair)
 
 
 def allowed(plan: Plan, split: str) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from sora_jax.data.world.captions import Said, pan_direction, short_caption
 from sora_jax.data.world.sampling import sample_scene
-from sora_jax.data.world.scene import Mix, Shot
+from sora_jax.data.world.scene import Mix, Shot, WorldObject
 
 _PROMPT_STREAM = 0x50524D50
 
@@ -43,6 +43,14 @@ class Prompt:
     truth: Truth
 
 
+def _object_truth(thing: WorldObject, said: Said | None) -> ObjectTruth:
+    direction = said is None or said.direction or thing.motion in ("enter", "exit")
+    size = (said is None or said.size) and thing.motion not in ("grow", "shrink")
+    return ObjectTruth(
+        thing.color, thing.shape, thing.size if size else "", thing.motion, thing.direction if direction else ""
+    )
+
+
 def truth_of(shot: Shot, said: Said | None = None) -> Truth:
     """The truth of a shot; with `said`, only as much of it as that caption speaks of."""
     ground = shot.background
@@ -50,17 +58,7 @@ def truth_of(shot: Shot, said: Said | None = None) -> Truth:
     if said is not None:
         floor = floor if said.place else ""
         wall = wall if (said.wall if ground.kind == "floor" else said.place) else ""
-    direction = said is None or said.direction
-
-    def describe(number: int) -> ObjectTruth:
-        thing = shot.objects[number]
-        always = thing.motion in ("enter", "exit")
-        size = thing.size if thing.motion not in ("grow", "shrink") else ""
-        return ObjectTruth(thing.color, thing.shape, size, thing.motion, thing.direction if direction or always else "")
-
-    objects = tuple(describe(number) for number in range(len(shot.objects)))
-    if said is not None and not said.size:
-        objects = tuple(replace(thing, size="") for thing in objects)
+    objects = tuple(_object_truth(thing, said) for thing in shot.objects)
     return Truth(objects, shot.kind, pan_direction(shot) if shot.kind == "pan" else "", wall, floor)
 
 

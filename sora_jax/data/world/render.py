@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import UInt8
 
 from sora_jax.data.world.scene import (
     COLORS,
@@ -226,7 +227,7 @@ def _bar(frames: np.ndarray, shot: Shot, unit: float) -> None:
     frames[:, :, part] = (below + cover[part] * (color[part] - below) + 0.5).astype(np.uint8)
 
 
-def render_shots(shots: Sequence[Shot], height: int, width: int) -> np.ndarray:
+def render_shots(shots: Sequence[Shot], height: int, width: int) -> UInt8[np.ndarray, "n T {height} {width} 3"]:
     """Frames [n, T, H, W, 3] uint8 of shots that all have the same number of frames."""
     unit = min(height, width) / 64
     out = np.empty((len(shots), shots[0].frames, height, width, 3), np.uint8)
@@ -250,7 +251,7 @@ def render_shots(shots: Sequence[Shot], height: int, width: int) -> np.ndarray:
     return out
 
 
-def render(scenes: Sequence[Scene]) -> np.ndarray:
+def render(scenes: Sequence[Scene]) -> UInt8[np.ndarray, "n T H W 3"]:
     """Frames of scenes of one size: uint8 [n, T, H, W, 3], T the sum over the shots.
 
     A scene's pixels do not depend on what it is rendered with.

@@ -6,11 +6,13 @@ frames, and lengths named "units" are pixels of a 64-pixel-high world: `unit = m
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float32
 
 # Objects are saturated and at least 20 degrees of hue apart; grounds are muted. That is what makes tracking by
 # colour exact, and it also looks better than saturated colour on saturated colour.
@@ -94,9 +96,11 @@ class WorldObject:
     size: str  # of SIZES
     motion: str  # of MOTIONS: what it does in the world, not what the camera does
     direction: str  # of DIRECTIONS for slide, enter, exit and a drifting bounce; "clockwise" ... for orbit; else ""
-    centers: np.ndarray  # float32 [T, 2] (x, y) in image pixels, the camera's pan included
-    radii: np.ndarray  # float32 [T] pixels
-    visibility: np.ndarray  # float32 [T] in [0, 1]: share of its bounding box in the frame and not behind an occluder
+    centers: Float32[np.ndarray, "T 2"]  # (x, y) in image pixels, the camera's pan included
+    radii: Float32[np.ndarray, " T"]  # pixels
+    visibility: Float32[
+        np.ndarray, " T"
+    ]  # in [0, 1]: share of its bounding box in the frame and not behind an occluder
 
     @property
     def combination(self) -> tuple[str, str, str]:
@@ -132,7 +136,7 @@ class Shot:
     kind: str  # of KINDS
     objects: tuple[WorldObject, ...]
     background: Background
-    pan: np.ndarray  # float32 [T]: how far the camera has moved to the right, in pixels
+    pan: Float32[np.ndarray, " T"]  # how far the camera has moved to the right, in pixels
     occluder: Occluder | None = None
     pivot: tuple[float, float] | None = None  # the dot that a lone orbiting object circles
     events: tuple[Event, ...] = ()
@@ -219,6 +223,7 @@ HELDOUT_SHARE = 10  # one combination in ten
 _SALT = "world-1"
 
 
+@functools.cache
 def is_heldout(combination: tuple[str, str, str]) -> bool:
     """Whether (colour, shape, motion) never occurs in training: a fixed hash, about one combination in ten.
 
