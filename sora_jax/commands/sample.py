@@ -9,13 +9,15 @@ import json
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sora_jax.errors import UserError, nearest
+from sora_jax.vocabulary import nearest_prompt, unknown_words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,6 +102,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     pipe = _load(args, like)
     seconds = {"load": time.perf_counter() - started, "compile and sample": 0.0, "decode": 0.0, "write": 0.0}
+    warn_of_unknown_words(jobs, pipe.name, pipe.folder.defaults.card)
     extent = pipe.extent(**{name: settings.get(name) for name in ("frames", "seconds", "height", "width")})
     for job in jobs:
         _check_out(job.out, extent.frames, args.force)
@@ -271,6 +274,20 @@ def _record_of(path: str) -> Record:
     if record is None:
         raise UserError(f"{path} holds no record of how it was made; only files that sora-jax wrote do")
     return record
+
+
+def warn_of_unknown_words(jobs: Sequence[Job], model: str, card: Mapping[str, Any]) -> None:
+    """One warning that names every word the model has never read, and the nearest prompt that it has."""
+    known = card.get("words")
+    if not known:
+        return  # a model that does not say what it has read
+    strange = {word: job.prompt for job in reversed(jobs) for word in reversed(unknown_words(job.prompt, known))}
+    if strange:
+        words = ", ".join(f'"{word}"' for word in reversed(strange))
+        prompt = list(strange.values())[-1]
+        near = nearest_prompt(prompt, card.get("prompts", ()))
+        hint = f'; the nearest prompt it knows: "{near}"' if near else ""
+        warnings.warn(f"{model} has never read {words}{hint}", stacklevel=2)
 
 
 def _mesh_sizes(text: str) -> dict[str, int]:

@@ -9,6 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from sora_jax.config import Config
+from sora_jax.data.world.words import world_prompts, world_words
 from sora_jax.errors import UserError
 from sora_jax.models.tokenizer import ByteTokenizer
 from sora_jax.training.pretrained import load_autoencoder, load_run
@@ -55,14 +56,16 @@ def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None) -> ModelFolde
 
 def facts_of_run(config: Config, step: int, workdir: epath.Path) -> dict[str, Any]:
     """What the model card says of the training: data, length, and the last validation before `step`."""
-    world = "the procedural world of sora_jax (rendered; no footage of anyone)"
+    world = config.data.source == "world"
+    read = {"words": world_words(), "prompts": world_prompts()} if world else {}
     return {
-        "data": world if config.data.source == "world" else config.data.source,
+        "data": "the procedural world of sora_jax (rendered; no footage of anyone)" if world else config.data.source,
         "clips": config.data.clips,
         "steps": step,
         "batch_size": config.train.batch_size,
-        "licence": "Apache-2.0" if config.data.source == "world" else "that of its training data",
+        "licence": "Apache-2.0" if world else "that of its training data",
         "figures": _last_validation(workdir / "metrics.jsonl", step),
+        **read,  # what its captions said, for a warning when a prompt says something else
     }
 
 

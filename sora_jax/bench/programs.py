@@ -1,0 +1,181 @@
+"""The two programs that most time goes into, for any mesh: a step of training and a step of sampling.
+
+Both are built from a config alone, with shapes in place of arrays, so that they can be compiled for machines that are
+not at hand (TPU topologies) as well as run here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from sora_jax import sharding
+from sora_jax.config import Config
+from sora_jax.diffusion.guidance import classifier_free_guidance, guided_condition
+from sora_jax.diffusion.sampler import SamplerState, denoise, find_solver
+from sora_jax.models.text_encoder import TextEncoder
+from sora_jax.models.transformer import Transformer
+from sora_jax.shapes import Condition
+from sora_jax.tokens.packing import PackedRows
+from sora_jax.training.diffusion_step import MODEL_TIME, DiffusionModules, make_diffusion_step
+from sora_jax.training.optimizer import make_optimizer
+from sora_jax.training.state import TrainState, abstract_state, init_state, make_init
+
+
+@dataclass(frozen=True)
+class TrainingProgram:
+    """`step(state, rows)`, and the shapes and shardings of what it takes."""
+
+    step: Any
+    mesh: Mesh
+    state: TrainState
+    rows: PackedRows
+    init: Any
+
+    def compile(self) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(self.state, self.rows).compile()
+
+    def start(self) -> TrainState:
+        return init_state(self.init, jax.random.key(0), self.mesh)
+
+
+def training_program(config: Config, mesh: Mesh, dtype: jnp.dtype) -> TrainingProgram:
+    """The diffusion train step of `config` on `mesh`: optimiser, clipping and average included."""
+
+    def modules(rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+        return {
+            "transformer": Transformer(config.transformer, rngs=rngs),
+            "text_encoder": TextEncoder(config.text_encoder, rngs=rngs),
+        }
+
+    def make_params(key: jax.Array) -> dict[str, Any]:
+        return {name: nnx.split(module, graph=False)[1] for name, module in modules(nnx.Rngs(params=key)).items()}
+
+    abstract = nnx.eval_shape(lambda: modules(nnx.Rngs(0)))
+    structure = DiffusionModules(**{name: nnx.split(module, graph=False)[0] for name, module in abstract.items()})
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    init = make_init(make_params, optimizer)
+    step = make_diffusion_step(
+        structure,
+        optimizer,
+        config.levels,
+        clip_norm=config.optimizer.clip_norm,
+        ema_decay=config.train.ema,
+        dtype=dtype,
+    )
+    state = abstract_state(init, jax.random.key(0), mesh)
+    return TrainingProgram(step, mesh, state, _rows(config, sharding.batch_sharding(mesh)), init)
+
+
+def _rows(config: Config, place: Any) -> PackedRows:
+    """The shapes of a batch."""
+    B, data, patch = config.train.batch_size, config.data, config.transformer.patch
+    N, L, G = data.row_tokens, data.row_text, data.groups
+    channels = config.transformer.in_channels * patch.time * patch.height * patch.width
+    ints = {
+        "positions": (B, N, 3),
+        **dict.fromkeys(("segment_ids", "prompt_ids", "level_ids"), (B, N)),
+        **dict.fromkeys(("group_segment", "group_frame", "group_count"), (B, G)),
+        **dict.fromkeys(("text_tokens", "text_ids"), (B, L)),
+    }
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place) for name, shape in ints.items()}
+    tokens = jax.ShapeDtypeStruct((B, N, channels), jnp.float32, sharding=place)
+    return jax.tree.unflatten(jax.tree.structure(_empty_rows()), [tokens, *(shapes[n] for n in _INTS)])
+
+
+_INTS = (
+    "positions",
+    "segment_ids",
+    "prompt_ids",
+    "level_ids",
+    "group_segment",
+    "group_frame",
+    "group_count",
+    "text_tokens",
+    "text_ids",
+)
+
+
+def _empty_rows() -> PackedRows:
+    flat, table = np.zeros((0, 0), np.int32), np.zeros((0, 0, 3), np.int32)
+    values = {name: table if name == "positions" else flat for name in _INTS}
+    return PackedRows(tokens=np.zeros((0, 0, 0), np.float32), **values)
+
+
+def full_rows(config: Config, seed: int = 0) -> PackedRows:
+    """A batch as the loader makes it when one clip fills each row; latents are noise."""
+    shapes = _rows(config, None)
+    rng = np.random.default_rng(seed)
+    B, N, _ = shapes.tokens.shape
+    G, L = shapes.group_segment.shape[1], shapes.text_ids.shape[1]
+    frame = np.minimum(np.arange(N) // -(-N // G), G - 1).astype(np.int32)
+    tile = lambda row: np.broadcast_to(np.asarray(row, np.int32), (B, *np.shape(row))).copy()  # noqa: E731
+    return PackedRows(
+        tokens=rng.standard_normal(shapes.tokens.shape, np.float32),
+        positions=tile(np.stack([frame, np.arange(N) % 4, np.arange(N) // 4 % 4], axis=-1)),
+        segment_ids=tile(np.ones(N)),
+        prompt_ids=tile(np.ones(N)),
+        level_ids=tile(frame),
+        group_segment=tile(np.ones(G)),
+        group_frame=tile(np.arange(G)),
+        group_count=tile(np.full(G, G)),
+        text_tokens=rng.integers(3, 259, (B, L)).astype(np.int32),
+        text_ids=tile(np.ones(L)),
+    )
+
+
+def compile_sampler_step(config: Config, mesh: Mesh, dtype: jnp.dtype, rows: int = 1) -> Any:
+    """One guided solver step of `rows` videos, compiled for `mesh`; the batch lies over its data axes."""
+    transformer, data, solver = config.transformer, config.data, find_solver(config.sample.solver)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Transformer(transformer, rngs=nnx.Rngs(0))), graph=False)
+
+    def velocity(params: Any, tokens: jax.Array, levels: jax.Array, condition: Condition) -> jax.Array:
+        return nnx.merge(graphdef, params)(tokens, MODEL_TIME * levels, condition, dtype=dtype)
+
+    guided = classifier_free_guidance(velocity)
+
+    def step(params: Any, tokens: jax.Array, ids: dict[str, jax.Array], texts: list[jax.Array]) -> jax.Array:
+        given = ids["segment_ids"] == 0
+        prompt, without = (Condition(**ids, given=given, text=text) for text in texts)
+        condition = guided_condition(prompt, without, jnp.full((rows,), config.sample.guidance))
+        schedule = jnp.broadcast_to(jnp.array([1.0, 0.9])[:, None, None], (2, rows, data.groups))
+        state = SamplerState(tokens, solver.history(tokens, schedule[0]))
+        return denoise(guided, params, condition, state, schedule, solver=solver).tokens
+
+    place = sharding.batch_sharding(mesh) if rows > 1 else sharding.replicated(mesh)
+    N, L, patch = data.row_tokens, data.row_text, transformer.patch
+    shapes = {
+        "positions": (rows, N, 3),
+        **dict.fromkeys(("segment_ids", "prompt_ids", "level_ids"), (rows, N)),
+        "text_ids": (rows, L),
+    }
+    channels = transformer.in_channels * patch.time * patch.height * patch.width
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(step).lower(
+            jax.tree.map(_placed, params, jax.tree.broadcast(sharding.param_shardings(params, mesh), params)),
+            jax.ShapeDtypeStruct((rows, N, channels), jnp.float32, sharding=place),
+            {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place) for name, shape in shapes.items()},
+            [jax.ShapeDtypeStruct((rows, L, transformer.text_dim), dtype, sharding=place)] * 2,
+        )
+        return lowered.compile()
+
+
+def _placed(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
+def peak_bytes(compiled: Any) -> int | None:
+    """What a compiled program needs on one device: arguments, results and temporaries, aliases counted once."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    return int(
+        found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
+    )
