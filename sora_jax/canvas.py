@@ -1,15 +1,16 @@
 """The canvas: what a video is to be, before it is one.
 
-A canvas is a list of spans. A span is a clip of its own for the autoencoder: 1 + 4k frames with a first latent of their own,
-and a prompt. Frames at its beginning may be given; the rest is made. Everything a user can ask for is a canvas:
+A canvas is a list of spans. A span is a clip of its own for the autoencoder: 1 + 4k frames with a first latent of
+their own, and a prompt. Frames at its beginning may be given; the rest is made. Everything a user can ask for is a
+canvas:
 
     text_to_video   one span, nothing given
     animate         one span whose first frame is given
     extend          one span that begins with the frames of a video
     storyboard      several spans, each with a prompt: shots of one video that see each other, with cuts between them
 
-`lay_out` turns a canvas into the index arrays of a row of tokens (see `shapes.Condition`). Time counts latents across spans.
-The autoencoder is causal, so what is given at the beginning of a span has the same latents whatever follows.
+`lay_out` turns a canvas into the index arrays of a row of tokens (see `shapes.Condition`). Time counts latents across
+spans. The autoencoder is causal, so what is given at the beginning of a span has the same latents whatever follows.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from sora_jax.tokens.patchify import token_positions
 
 @dataclass(frozen=True)
 class Span:
-    """A clip of `frames` frames that follows `prompt`; `given` [T0, H, W, 3] are its first frames, T0 = 1 + 4j <= frames."""
+    """A clip of `frames` frames that follows `prompt`; `given` [T0, H, W, 3] are its first frames, T0 = 1 + 4j <=
+    frames."""
 
     frames: int
     prompt: str

@@ -111,7 +111,8 @@ class Pipeline:
 
     @classmethod
     def load(cls, model: epath.PathLike = "world", *, dtype: str = "auto") -> Pipeline:
-        """`model` is the name of one that ships with the package, or path or URL of a model folder or a run's workdir."""
+        """`model` is the name of one that ships with the package, or path or URL of a model folder or a run's
+        workdir."""
         runtime.enable_compile_cache()
         path = find_model(model)
         if (path / INDEX).exists():
@@ -173,9 +174,10 @@ class Pipeline:
     ) -> list[Video]:
         """Videos from canvases of one layout.
 
-        `steps`, `guidance` (1: follow the model as trained), `solver`, `shift` and `negative_prompt` default to the model's.
-        `noise` replaces what the seeds draw. `output` is "uint8", or "float32" in [0, 1]. `batch_size` canvases go through
-        the model at once: with 1 a video is the same to the bit in any company; with more, up to rounding.
+        `steps`, `guidance` (1: follow the model as trained), `solver`, `shift` and `negative_prompt` default to the
+        model's. `noise` replaces what the seeds draw. `output` is "uint8", or "float32" in [0, 1]. `batch_size`
+        canvases go through the model at once: with 1 a video is the same to the bit in any company; with more, up to
+        rounding.
         """
         defaults, scheduler = self.folder.defaults, self.folder.scheduler
         settings = Settings(
@@ -253,7 +255,11 @@ class Pipeline:
         return self._decode_tokens(state.tokens, layout, output, progress)
 
     def extent(
-        self, frames: int | None = None, seconds: float | None = None, height: int | None = None, width: int | None = None
+        self,
+        frames: int | None = None,
+        seconds: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> Extent:
         """The size that is asked for, in pixels, with the model's defaults for what is not said."""
         defaults = self.folder.defaults
@@ -287,11 +293,9 @@ class Pipeline:
             text_ids=text_ids,
         )
 
-    def encode_text(
-        self, prompts: Sequence[Sequence[str]]
-    ) -> tuple[Float[Array, "B L E"], Int[Array, "B L"]]:
-        """Text embeddings of B rows of prompts and their `text_ids`. Every prompt has the tokenizer's `max_length` places
-        in its row, whatever its length: one program for all prompts, and the same numbers in any batch."""
+    def encode_text(self, prompts: Sequence[Sequence[str]]) -> tuple[Float[Array, "B L E"], Int[Array, "B L"]]:
+        """Text embeddings of B rows of prompts and their `text_ids`. Every prompt has the tokenizer's `max_length`
+        places in its row, whatever its length: one program for all prompts, and the same numbers in any batch."""
         tokenizer = self.folder.tokenizer
         places = tokenizer.max_length
         tokens = np.full((len(prompts), places * len(prompts[0])), tokenizer.pad_id, np.int32)
@@ -354,7 +358,9 @@ class Pipeline:
     def _decode_tokens(
         self, tokens: Float[Array, "B N P"], layout: Layout, output: str, progress: Progress | None
     ) -> np.ndarray:
-        lengths = [extent.volume // (self.patch.time * self.patch.height * self.patch.width) for extent in layout.latents]
+        lengths = [
+            extent.volume // (self.patch.time * self.patch.height * self.patch.width) for extent in layout.latents
+        ]
         spans = jnp.split(tokens, np.cumsum(lengths)[:-1], axis=1)
         return np.concatenate(
             [

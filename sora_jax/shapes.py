@@ -75,9 +75,7 @@ def latent_extent(pixels: Extent, stride: Stride, patch: Stride = Stride(1, 1, 1
             raise UserError(
                 f"{name} {size} cannot be made: it must be a multiple of {step}; nearest: {_neighbours(size, step)}"
             )
-    return Extent(
-        1 + (pixels.frames - 1) // stride.time, pixels.height // stride.height, pixels.width // stride.width
-    )
+    return Extent(1 + (pixels.frames - 1) // stride.time, pixels.height // stride.height, pixels.width // stride.width)
 
 
 def pixel_extent(latents: Extent, stride: Stride) -> Extent:

@@ -40,9 +40,7 @@ RULES: Mapping[str, tuple[str, ...] | str | None] = {
 }
 
 
-def make_mesh(
-    sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over `devices` (default: all) with axes `MESH_AXES`.
 
     `sizes` gives the length of each axis; missing ones are 1, and one may be -1: it takes what is left.

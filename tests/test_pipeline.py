@@ -129,7 +129,7 @@ def test_progress_is_reported_for_every_step_and_latent(pipe):
         ({"steps": 0}, "steps must be at least 1"),
         ({"guidance": float("nan")}, "guidance must be a finite number"),
         ({"seed": -1}, "seed must be a whole number"),
-        ({"solver": "eular"}, "did you mean \"euler\""),
+        ({"solver": "eular"}, 'did you mean "euler"'),
         ({"shift": 0.0}, "shift must be"),
         ({"frames": 4}, "4 frames cannot be made.*nearest: 3 or 5"),
         ({"width": 30}, "width 30 cannot be made.*nearest: 24 or 32"),

@@ -30,7 +30,9 @@ def test_kernel_equals_the_definition_with_its_gradients():
         np.testing.assert_allclose(out, definition(q, k, v), atol=1e-5)
         blind = np.asarray((q_ids == 0) | (q_ids == 3))
         np.testing.assert_array_equal(np.asarray(out)[blind], 0.0)
-        gradients = (jax.grad(lambda *x, f=f: jnp.sum(jnp.sin(f(*x))), (0, 1, 2))(q, k, v) for f in (kernel, definition))
+        gradients = (
+            jax.grad(lambda *x, f=f: jnp.sum(jnp.sin(f(*x))), (0, 1, 2))(q, k, v) for f in (kernel, definition)
+        )
         for ours, theirs in zip(*gradients, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
 

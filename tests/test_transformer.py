@@ -28,7 +28,7 @@ def model():
     # All random: the head starts at zero, which would make every comparison trivial.
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: jnp.asarray(rng.normal(scale=0.3, size=p.shape), jnp.float32), shapes)
-    return jax.jit(lambda *args: nnx.merge(graphdef, params)(*args))
+    return jax.jit(nnx.merge(graphdef, params))
 
 
 def single(i: int):
@@ -154,9 +154,7 @@ def test_rotation_depends_on_distance_alone_and_splits_44_42_42():
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 12)), jnp.float32) for _ in range(2))
 
     def score(at_q, at_k):
-        turned = [
-            rope.rotate(x, rope.rotation(jnp.asarray([[at]], jnp.int32), 12)) for x, at in ((q, at_q), (k, at_k))
-        ]
+        turned = [rope.rotate(x, rope.rotation(jnp.asarray([[at]], jnp.int32), 12)) for x, at in ((q, at_q), (k, at_k))]
         return float(jnp.sum(turned[0] * turned[1]))
 
     near = score((3, 5, 7), (1, 9, 2))

@@ -1,4 +1,5 @@
-"""The rectified-flow path, its target and its loss (Liu et al. 2022, arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747).
+"""The rectified-flow path, its target and its loss (Liu et al. 2022, arXiv:2209.03003; Lipman et al. 2022,
+arXiv:2210.02747).
 
 A level sigma in [0, 1] mixes data and noise on a straight line,
 

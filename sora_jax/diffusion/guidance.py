@@ -48,9 +48,7 @@ def classifier_free_guidance(velocity: Velocity) -> Velocity:
     """A velocity for `GuidedCondition`s out of one for `Condition`s."""
 
     def guided(params: Any, tokens: jax.Array, levels: jax.Array, condition: GuidedCondition) -> jax.Array:
-        doubled = velocity(
-            params, jnp.concatenate([tokens, tokens]), jnp.concatenate([levels, levels]), condition.both
-        )
+        doubled = velocity(params, jnp.concatenate([tokens, tokens]), jnp.concatenate([levels, levels]), condition.both)
         with_prompt, without = jnp.split(doubled, 2)
         return without + condition.scale[:, None, None] * (with_prompt - without)
 

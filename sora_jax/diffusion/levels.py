@@ -1,6 +1,7 @@
 """Which noise level each group of tokens has in training: one draw teaches one skill.
 
-A group is one latent frame of one video of a packed row. Every video of a row draws a mode by the weights of `LevelsConfig`:
+A group is one latent frame of one video of a packed row. Every video of a row draws a mode by the weights of
+`LevelsConfig`:
 
     uniform   one level for the whole video                                      text to video
     per_frame an independent level per frame (Chen et al. 2024, arXiv:2407.01392)  rolling and extending
@@ -11,8 +12,9 @@ A group is one latent frame of one video of a packed row. Every video of a row d
 
 A given frame has level 0, is marked `given`, and carries no loss. A video of one frame is always `uniform`.
 
-Levels follow a logit-normal density, sigma = sigmoid(N(mean, std)) (Esser et al. 2024, arXiv:2403.03206, section 3.1), moved
-towards noise by the resolution shift: a video of n tokens has shift = `shift` * sqrt(n / `shift_tokens`) (section 5.3.2).
+Levels follow a logit-normal density, sigma = sigmoid(N(mean, std)) (Esser et al. 2024, arXiv:2403.03206, section
+3.1), moved towards noise by the resolution shift: a video of n tokens has shift = `shift` * sqrt(n / `shift_tokens`)
+(section 5.3.2).
 """
 
 from __future__ import annotations
@@ -78,7 +80,8 @@ def draw_levels(
     group_count: Int[Array, "B G"],
     segment_ids: Int[Array, "B N"],
 ) -> Levels:
-    """Draw levels for rows whose group g is frame `group_frame` of the `group_count` frames of video `group_segment`."""
+    """Draw levels for rows whose group g is frame `group_frame` of the `group_count` frames of video
+    `group_segment`."""
     rows, groups = group_segment.shape
     mode_key, level_key, frame_key, share_key, open_key, subset_key = jax.random.split(key, 6)
 

@@ -4,8 +4,8 @@
     state = start(solver, tokens, levels)
     state = denoise(velocity, params, condition, state, schedule[i : j + 1], solver=...)      for each chunk of steps
 
-`denoise` is one compiled scan over a chunk of static length; the state is a donated pytree that is carried across chunks,
-so progress, previews and interruption live between chunks, outside the compiled function.
+`denoise` is one compiled scan over a chunk of static length; the state is a donated pytree that is carried across
+chunks, so progress, previews and interruption live between chunks, outside the compiled function.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def find_solver(name: str) -> Solver:
 
 
 def level_schedule(steps: int, shift: float = 1.0) -> Float[np.ndarray, " S"]:
-    """`steps` + 1 levels from 1 to 0, evenly spaced and then moved towards noise by `shift` (see `shift_level`); float32.
+    """`steps` + 1 levels from 1 to 0, evenly spaced and then moved towards noise by `shift` (see `shift_level`);
+    float32.
 
     Raises `UserError` for steps < 1 or shift <= 0.
     """

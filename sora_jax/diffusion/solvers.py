@@ -4,11 +4,13 @@ A solver is a function named after its algorithm,
 
     x, history = solver(model, x, level_from, level_to, level_ids, history),
 
-where `model(x, levels)` is the velocity and levels are tables `[B, G]` with one column per noise-level group: coefficients,
-multistep history and warm-up order are per group, so frames of one row may be at different points of their way.
-A group with level_from == level_to is left exactly as it is, its history too. Everything is finite at levels 0 and 1.
+where `model(x, levels)` is the velocity and levels are tables `[B, G]` with one column per noise-level group:
+coefficients, multistep history and warm-up order are per group, so frames of one row may be at different points of
+their way. A group with level_from == level_to is left exactly as it is, its history too. Everything is finite at
+levels 0 and 1.
 
-Arithmetic is float32. `h` below is a step in lambda = log((1 - sigma) / sigma), half the log signal-to-noise ratio squared.
+Arithmetic is float32. `h` below is a step in lambda = log((1 - sigma) / sigma), half the log signal-to-noise ratio
+squared.
 """
 
 from __future__ import annotations
@@ -125,9 +127,7 @@ def _corrector_targets(h: jax.Array) -> tuple[jax.Array, jax.Array]:
             total = total + term
         return total
 
-    phi_1, phi_2, phi_3 = (
-        jnp.where(small, taylor(k), phi) for k, phi in ((1, phi_1), (2, phi_2), (3, phi_3))
-    )
+    phi_1, phi_2, phi_3 = (jnp.where(small, taylor(k), phi) for k, phi in ((1, phi_1), (2, phi_2), (3, phi_3)))
     return phi_2 / phi_1, 2.0 * phi_3 / phi_1
 
 
@@ -147,9 +147,9 @@ def unipc(
 ) -> tuple[Float[Array, "B N P"], UniPCHistory]:
     """UniPC of order 2, B(h) = "bh2", predicting data (Zhao et al. 2023, arXiv:2302.04867, algorithms 5-8).
 
-    One evaluation a step: the velocity at `level_from` first corrects the sample that the last step predicted there, then
-    predicts the next. On this path the exponential integrator's linear part is r x + (1 - r) x_0 with r = to / from.
-    A group's first step and its last, to level 0, have order 1.
+    One evaluation a step: the velocity at `level_from` first corrects the sample that the last step predicted there,
+    then predicts the next. On this path the exponential integrator's linear part is r x + (1 - r) x_0 with r = to /
+    from. A group's first step and its last, to level 0, have order 1.
     """
 
     def tokens(table: jax.Array) -> jax.Array:

@@ -121,7 +121,8 @@ def attention(
 
 
 def _rows_and_heads_divide(q: jax.Array) -> bool:
-    """Whether the mesh cuts rows and heads evenly and leaves tokens whole, as a kernel that XLA cannot partition needs."""
+    """Whether the mesh cuts rows and heads evenly and leaves tokens whole, as a kernel that XLA cannot partition
+    needs."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return True

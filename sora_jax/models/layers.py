@@ -110,7 +110,8 @@ class LayerNorm(nnx.Module):
 
 
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], n_layers: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`n_layers` modules of one shape as a single module whose parameters carry a leading layer axis, for `lax.scan`."""
+    """`n_layers` modules of one shape as a single module whose parameters carry a leading layer axis, for
+    `lax.scan`."""
 
     @nnx.vmap(in_axes=0, out_axes=0, graph=False)
     def build(layer_rngs: nnx.Rngs) -> nnx.Module:

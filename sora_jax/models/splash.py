@@ -1,7 +1,7 @@
 """Attention by ids on TPU: the Pallas splash kernel that ships with JAX, made to keep this package's promises.
 
-The kernel wants lengths in blocks of 128, heads of 128 channels and queries scaled beforehand, and gives a query that sees
-nothing the mean of v. Rows are padded with id 0 to whole blocks, and such queries are set to 0.
+The kernel wants lengths in blocks of 128, heads of 128 channels and queries scaled beforehand, and gives a query that
+sees nothing the mean of v. Rows are padded with id 0 to whole blocks, and such queries are set to 0.
 
 The backward pass uses the unfused kernels: fused, they need 17.7 GB of temporaries at 75,776 tokens against 0.98 GB.
 """

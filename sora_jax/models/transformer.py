@@ -4,12 +4,13 @@
     levels ── sinusoid, MLP ─► 6 rows of modulation per noise-level group (adaLN, Peebles & Xie 2023, arXiv:2212.09748)
     text ──── MLP ───────────► keys and values of the cross-attention
 
-What the family fixes: RMSNorm of queries and keys over the full width (not per head), LayerNorm without parameters before
-self-attention and MLP and with parameters before cross-attention, a learned modulation table per block that is added to one
-projection of the level, and biases everywhere. Norms, softmax, rotation and modulation are float32 at any compute dtype.
+What the family fixes: RMSNorm of queries and keys over the full width (not per head), LayerNorm without parameters
+before self-attention and MLP and with parameters before cross-attention, a learned modulation table per block that is
+added to one projection of the level, and biases everywhere. Norms, softmax, rotation and modulation are float32 at
+any compute dtype.
 
-Every token has its own noise level, but rows have few distinct ones: modulation is computed per group `[B, G, 6, D]` and
-spread to tokens inside the block, piece by piece.
+Every token has its own noise level, but rows have few distinct ones: modulation is computed per group `[B, G, 6, D]`
+and spread to tokens inside the block, piece by piece.
 """
 
 from __future__ import annotations
@@ -79,9 +80,7 @@ class TransformerConfig:
 class MLP(nnx.Module):
     """Linear, GELU, Linear; `hidden` names the axis that tensor parallelism cuts."""
 
-    def __init__(
-        self, n_in: int, n_hidden: int, n_out: int, *, act: Callable[[jax.Array], jax.Array], rngs: nnx.Rngs
-    ):
+    def __init__(self, n_in: int, n_hidden: int, n_out: int, *, act: Callable[[jax.Array], jax.Array], rngs: nnx.Rngs):
         self.in_proj = Linear(n_in, n_hidden, ("embed", "mlp"), rngs=rngs)
         self.out_proj = Linear(n_hidden, n_out, ("mlp", "embed"), rngs=rngs)
         self.act = act
@@ -199,7 +198,8 @@ class Transformer(nnx.Module):
         """Velocity of every token, float32.
 
         `time` is the model's time, 1000 * sigma, one per noise-level group. P is patch volume x in_channels; Q with
-        out_channels. Activations of the blocks are in `dtype`. Tokens of segment 0 (padding) return values of no meaning.
+        out_channels. Activations of the blocks are in `dtype`. Tokens of segment 0 (padding) return values of no
+        meaning.
         """
         cfg = self.config
         if condition.image_tokens is not None:

@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,7 +25,10 @@ from sora_jax.errors import UserError
 from sora_jax.shapes import Extent, Stride, token_extent
 from sora_jax.tokens.patchify import patchify, token_positions, unpatchify
 
-AnyArray = jax.Array | np.ndarray
+if TYPE_CHECKING:
+    AnyArray = Any  # the loader fills rows with numpy, a step reads them as JAX arrays
+else:
+    AnyArray = jax.Array | np.ndarray
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Latents <-> tokens: a token is one patch of spacetime (Sora's "spacetime patch"; Peebles & Xie 2023, arXiv:2212.09748).
+"""Latents <-> tokens: a token is one patch of spacetime (Sora's "spacetime patch"; Peebles & Xie 2023,
+arXiv:2212.09748).
 
 Pure reshapes by einops, so they take numpy and JAX arrays alike.
 """

@@ -100,9 +100,7 @@ def make_diffusion_step(
         loss, grads = jax.value_and_grad(
             lambda params: diffusion_loss(modules, params, rows, drawn, noise, dtype=dtype)
         )(state.params)
-        state, metrics = apply_gradients(
-            state, grads, loss, optimizer, clip_norm=clip_norm, ema_decay=ema_decay
-        )
+        state, metrics = apply_gradients(state, grads, loss, optimizer, clip_norm=clip_norm, ema_decay=ema_decay)
         return state, {"loss": loss, **metrics}
 
     return jax.jit(step, donate_argnums=0)
