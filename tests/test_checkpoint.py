@@ -89,7 +89,9 @@ def data_files(step: Path) -> list[Path]:
 
 
 def test_arrays_and_notes_come_back_to_the_bit_though_their_buffers_were_donated(tmp_path, mesh, like):
-    overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 if x.dtype == jnp.float32 else x, state), donate_argnums=0)
+    overwrite = jax.jit(
+        lambda state: jax.tree.map(lambda x: x * 0 if x.dtype == jnp.float32 else x, state), donate_argnums=0
+    )
     state = state_at(5, mesh)
     saved = bits(state)
     checkpoints = Checkpoints(tmp_path)

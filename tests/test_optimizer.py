@@ -86,7 +86,10 @@ def test_which_parameters_decay_and_which_muon_trains(params: nnx.State):
 def test_muon_trains_the_hidden_matrices_of_the_real_models():
     transformer = TransformerConfig(n_layers=2, n_heads=1, head_dim=8, ffn_dim=8, text_dim=8, frequency_dim=8)
     text_encoder = TextEncoderConfig(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
-    for make in (lambda: Transformer(transformer, rngs=nnx.Rngs(0)), lambda: TextEncoder(text_encoder, rngs=nnx.Rngs(0))):
+    for make in (
+        lambda: Transformer(transformer, rngs=nnx.Rngs(0)),
+        lambda: TextEncoder(text_encoder, rngs=nnx.Rngs(0)),
+    ):
         state = nnx.split(nnx.eval_shape(make), graph=False)[1]
         by_muon = names_where(muon_matrices(state))
         adam = {".".join(path) for path, _ in nnx.to_flat_state(state)} - by_muon

@@ -138,9 +138,12 @@ def train(
             )
         averages.add(values)
         progress.step(step, values["loss"])
-        if due(step, settings.log_every) or step in extras or step == settings.steps:
-            line = averages.take() | {"learning_rate": float(learning_rate(step - 1))} | window.rates(step)
+        regular = due(step, settings.log_every)
+        if regular or step in extras or step == settings.steps:
+            line = averages.means() | {"learning_rate": float(learning_rate(step - 1))} | window.rates(step)
             line |= extras.pop(step, {})
+            if regular:  # lines in between do not change what the regular ones say
+                averages.clear()
             writer.write(step, line)
             progress.line(step, line)
             last_line.clear()
@@ -175,6 +178,7 @@ def train(
                 step += 1
                 last = step == settings.steps
                 if stage.validate and (due(step, settings.validate_every) or last):
+                    late.flush()
                     jax.block_until_ready(metrics)  # what steps took shall not be counted as validation
                     with clock.spent_on("validation"):
                         found = jax.device_get(stage.validate(state.ema))

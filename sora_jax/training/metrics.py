@@ -3,7 +3,7 @@
     WORKDIR/metrics.jsonl     one JSON object a line: "step", "loss" and what else there is
     WORKDIR/tensorboard/      the same as curves, and sample grids
 
-A line's loss is the mean over the steps since the line before. Only the first process writes. Objects in a store do not
+A line's loss is the mean over the steps since the last one that was a multiple of `train.log_every`. Only the first process writes. Objects in a store do not
 append, so the files of a run whose workdir is a URL lie on the local disk and are uploaded at each checkpoint.
 """
 
@@ -114,11 +114,12 @@ class Averages:
                 total[0] += value
                 total[1] += 1.0
 
-    def take(self) -> dict[str, float]:
-        """The means, NaN where nothing counted; and start again."""
-        means = {name: total / count if count else math.nan for name, (total, count) in self._sums.items()}
+    def means(self) -> dict[str, float]:
+        """The means so far, NaN where nothing counted."""
+        return {name: total / count if count else math.nan for name, (total, count) in self._sums.items()}
+
+    def clear(self) -> None:
         self._sums.clear()
-        return means
 
     def state(self) -> dict[str, list[float]]:
         return {name: list(pair) for name, pair in self._sums.items()}

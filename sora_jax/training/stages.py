@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ VALIDATION_BATCHES = 2
 Videos = list[np.ndarray]  # uint8 [T, H, W, 3] each
 
 
+@runtime_checkable
 class Batches(Protocol):
     """An endless iterator that can say where it is and be put there again; `state` fits into JSON."""
 

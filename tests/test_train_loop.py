@@ -1,0 +1,376 @@
+"""The loop from outside, on a model of a few numbers: what it writes, when it saves, what it refuses, how it stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+
+from sora_jax.config import Config, load_config, override
+from sora_jax.errors import UserError
+from sora_jax.media import read_media
+from sora_jax.models import layers
+from sora_jax.training import loop
+from sora_jax.training.checkpoint import Checkpoints
+from sora_jax.training.loop import Summary, train
+from sora_jax.training.metrics import Averages, LateMetrics, MetricsWriter, peak_flops
+from sora_jax.training.pretrained import find_pretrained
+from sora_jax.training.stages import Context, Stage, diffusion_flops
+from sora_jax.training.state import TrainState, apply_gradients
+
+ROWS = 8
+
+
+class Counting:
+    """Batch b is b times the counting matrix; poisoned batches are NaN. Calls `at[b]()` when batch b is taken."""
+
+    def __init__(self, poison: range = range(0), at: dict[int, Callable[[], Any]] | None = None):
+        self._next, self._poison, self._at = 0, poison, at or {}
+
+    def __next__(self) -> np.ndarray:
+        number, self._next = self._next, self._next + 1
+        self._at.get(number, lambda: None)()
+        batch = np.arange(ROWS * 3, dtype=np.float32).reshape(ROWS, 3) * (number % 5) / 10
+        return batch * np.nan if number in self._poison else batch
+
+    def state(self) -> dict[str, Any]:
+        return {"next": self._next}
+
+    def restore(self, state: Any) -> None:
+        self._next = state["next"]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def make_params(key: jax.Array) -> dict[str, Any]:
+    return {"model": nnx.split(layers.Linear(3, 2, ("embed", "mlp"), rngs=nnx.Rngs(params=key)), graph=False)[1]}
+
+
+def stage_of(batches: Counting, seen: list[Any] | None = None) -> Callable[[Context], Stage]:
+    def make(context: Context) -> Stage:
+        graphdef = nnx.split(
+            nnx.eval_shape(lambda: layers.Linear(3, 2, ("embed", "mlp"), rngs=nnx.Rngs(0))), graph=False
+        )[0]
+
+        def step(state: TrainState, batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+            noise = jax.random.normal(state.step_key(), (batch.shape[0], 2))
+
+            def loss_of(params: Any) -> jax.Array:
+                return jnp.mean(jnp.square(nnx.merge(graphdef, params["model"])(batch) - noise))
+
+            loss, grads = jax.value_and_grad(loss_of)(state.params)
+            state, metrics = apply_gradients(state, grads, loss, context.optimizer, clip_norm=1.0, ema_decay=0.9)
+            return state, {"loss": loss, **metrics}
+
+        def validate(params: Any) -> dict[str, jax.Array]:
+            return {"loss": jnp.sum(params["model"]["kernel"][...])}
+
+        def sample(params: Any) -> list[np.ndarray]:
+            return [np.full((5, 16, 16, 3), shade, np.uint8) for shade in (0, 100, 200)]
+
+        if seen is not None:
+            seen.append(context)
+        return Stage(
+            make_params, jax.jit(step, donate_argnums=0), batches, "8 rows", 100, 1e6, validate=validate, sample=sample
+        )
+
+    return make
+
+
+def config_of(*overrides: str) -> Config:
+    fast = [
+        "train.steps=6",
+        "train.batch_size=8",
+        "train.log_every=1",
+        "train.checkpoint_every=0",
+        "train.validate_every=0",
+    ]
+    fast += [
+        "train.sample_every=0",
+        "optimizer.name=adamw",
+        "optimizer.warmup_steps=0",
+        "optimizer.learning_rate=0.01",
+        "train.mesh.data=1",
+    ]
+    return override(load_config("world"), [*fast, *overrides])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Every run compiles the same few small programs."""
+    names = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch: pytest.MonkeyPatch):
+    """The loop takes every device there is; most of these tests are about one."""
+    one = jax.devices()[:1]
+    monkeypatch.setattr(loop.sharding, "make_mesh", lambda sizes, make=loop.sharding.make_mesh: make(sizes, one))
+
+
+class Run:
+    """Runs in one workdir, and what they left there."""
+
+    def __init__(self, workdir: Path):
+        self.workdir = workdir
+        self.said: list[str] = []
+
+    def __call__(self, *overrides: str, batches: Counting | None = None, force: bool = False) -> Summary:
+        make = stage_of(batches or Counting())
+        return train(config_of(*overrides), self.workdir, force=force, say=self.said.append, make_stage=make)
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.workdir / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return {line["step"]: line["loss"] for line in self.lines}
+
+    @property
+    def steps(self) -> list[int]:
+        checkpoints = Checkpoints(self.workdir / "checkpoints", read_only=True)
+        steps = checkpoints.steps()
+        checkpoints.close()
+        return steps
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "run")
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_run_leaves_its_files(run: Run):
+    summary = run("train.validate_every=4", "train.sample_every=3", "train.checkpoint_every=2", "train.keep=2")
+    assert (summary.step, summary.stopped) == (6, False)
+    assert (
+        load_config("world").transformer
+        == loop.configs.from_json((run.workdir / "config.json").read_text()).transformer
+    )
+    assert [line["step"] for line in run.lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in run.lines if "validation_loss" in line] == [4, 6]  # and at the end
+    assert run.lines[-1]["loss"] == summary.metrics["loss"]
+    for name in ("grad_norm", "learning_rate", "steps_per_second", "tokens_per_second", "data_wait", "tflops"):
+        assert all(line[name] >= 0 for line in run.lines)
+    assert run.steps == [4, 6]
+    samples = sorted(path.name for path in (run.workdir / "samples").iterdir())
+    assert samples == ["0000003.mp4", "0000006.mp4"]
+    assert read_media(run.workdir / "samples" / samples[0]).frames.shape == (5, 32, 32, 3)  # three and a black one
+    assert list((run.workdir / "tensorboard").glob("events*"))
+    assert any(line.startswith("done at step 6, saved at 6") for line in run.said)
+
+
+def test_lines_hold_means_since_the_line_before(run: Run, tmp_path: Path):
+    run()
+    every = Run(tmp_path / "every three")
+    every("train.log_every=3")
+    assert list(every.losses) == [3, 6]
+    for last in (3, 6):
+        assert every.losses[last] == pytest.approx(sum(run.losses[s] for s in range(last - 2, last + 1)) / 3, rel=1e-12)
+
+
+def test_log_learning_rate_is_that_of_the_step(run: Run):
+    run("optimizer.schedule=linear", "optimizer.final_fraction=0.0")
+    expected = [0.01 * (1 - step / 6) for step in range(6)]
+    np.testing.assert_allclose([line["learning_rate"] for line in run.lines], expected, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+
+
+def test_going_on_is_the_same_as_never_having_stopped(run: Run, tmp_path: Path):
+    run("train.steps=8", "train.log_every=3", "optimizer.schedule=constant")
+    halves = Run(tmp_path / "halves")
+    # 4 is no multiple of 3: the mean that the line of step 6 will hold is cut in two
+    halves("train.steps=4", "train.log_every=3", "optimizer.schedule=constant", "train.checkpoint_every=1")
+    halves("train.steps=8", "train.log_every=3", "optimizer.schedule=constant")
+    assert any("resuming" in line and "step 4" in line for line in halves.said)
+    assert [halves.losses[s] for s in (3, 6, 8)] == [run.losses[s] for s in (3, 6, 8)]
+    assert halves.lines[-1]["grad_norm"] == run.lines[-1]["grad_norm"]
+
+
+def test_lines_past_the_restored_step_and_a_torn_one_are_dropped(run: Run):
+    run("train.steps=3")
+    metrics = run.workdir / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 4, "loss": 123.0}\n{"step": 5, "lo')
+    run("train.steps=5")
+    assert [line["step"] for line in run.lines] == [1, 2, 3, 4, 5]
+    assert run.losses[4] != 123.0
+
+
+def test_a_finished_run_is_left_alone(run: Run):
+    run()
+    before = (run.workdir / "metrics.jsonl").read_bytes()
+    assert run().step == 6
+    assert (run.workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_config_is_refused_with_the_difference_unless_forced(run: Run):
+    run("train.steps=2")
+    with pytest.raises(UserError, match=r"^[^\n]*optimizer.b2: 0.99 -> 0.5[^\n]*--force") as error:
+        run("train.steps=4", "optimizer.b2=0.5")
+    assert "train.steps" not in str(error.value)
+    assert run("train.steps=4", "optimizer.b2=0.5", force=True).step == 4
+    assert run("train.steps=5", "optimizer.b2=0.5").step == 5  # it is the run's config now
+
+
+def test_steps_and_intervals_may_change_freely(run: Run):
+    run("train.steps=2")
+    free = ["train.steps=4", "train.log_every=2", "train.validate_every=3", "train.keep=9", "sample.steps=3"]
+    assert run(*free).step == 4
+
+
+def test_parameters_of_another_shape_are_refused_by_name(run: Run):
+    run("train.steps=2")
+
+    def wider(context: Context) -> Stage:
+        stage = stage_of(Counting())(context)
+        linear = lambda key: layers.Linear(4, 2, ("embed", "mlp"), rngs=nnx.Rngs(params=key))  # noqa: E731
+        return Stage(lambda key: {"model": nnx.split(linear(key), graph=False)[1]}, stage.step, stage.batches, "")
+
+    with pytest.raises(UserError, match=r"model\.kernel has shape \(3, 2\), and this config makes \(4, 2\)"):
+        train(config_of("train.steps=4"), run.workdir, say=run.said.append, make_stage=wider)
+
+
+def test_batches_that_the_mesh_does_not_divide_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"train.batch_size 30 cannot be split .* = 8 devices; nearest: 32"):
+        run("train.batch_size=30", "train.mesh.data=4", "train.mesh.fsdp=2")
+
+
+@pytest.mark.parametrize("axes", [{"data": 4, "fsdp": 2}, {"data": 2, "tensor": 2, "fsdp": 2}])
+def test_a_run_goes_on_on_another_mesh(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, axes):
+    run("optimizer.schedule=constant")
+    moved = Run(tmp_path / "moved")
+    moved("train.steps=3", "optimizer.schedule=constant")
+    monkeypatch.undo()
+    moved("optimizer.schedule=constant", *[f"train.mesh.{axis}={n}" for axis, n in axes.items()])
+    for step in range(1, 7):
+        assert moved.losses[step] == pytest.approx(run.losses[step], rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------- stops
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_a_checkpoint(run: Run, tmp_path: Path, number: signal.Signals):
+    before = signal.getsignal(number)
+    summary = run(batches=Counting(at={2: lambda: os.kill(os.getpid(), number)}))
+    assert (summary.step, summary.stopped) == (3, True)
+    assert run.steps == [3]
+    assert any(number.name in line for line in run.said)
+    assert signal.getsignal(number) is before
+    run()
+    whole = Run(tmp_path / "whole")
+    whole()
+    assert run.losses == whole.losses
+
+
+def test_bad_gradients_are_skipped_said_and_counted(run: Run):
+    run(batches=Counting(poison=range(2, 4)))
+    assert [line for line in run.said if "not finite" in line] == [
+        "step 3: gradients are not finite; skipped (1 in a row)",
+        "step 4: gradients are not finite; skipped (2 in a row)",
+    ]
+    assert [line["loss"] is None for line in run.lines] == [False, False, True, True, False, False]
+
+
+def test_a_run_of_bad_gradients_ends_it_with_the_last_good_checkpoint_kept(run: Run):
+    batches = Counting(poison=range(3, 100))
+    with pytest.raises(UserError, match="stopped at step 6: gradients were not finite for 3 steps in a row"):
+        run("train.steps=50", "train.max_skipped=3", "train.checkpoint_every=2", batches=batches)
+    assert max(run.steps) <= 4
+    assert batches.closed
+    assert np.isfinite(run.losses[3])
+
+
+# --------------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_late_metrics_keep_their_order_and_their_steps():
+    got: list[tuple[int, dict[str, float]]] = []
+    late = LateMetrics(lambda step, values: got.append((step, values)), delay=2)
+    for step in range(1, 5):
+        late.push(step, {"loss": jnp.float32(step)})
+        assert [s for s, _ in got] == list(range(1, step - 1))
+    late.flush()
+    assert got == [(s, {"loss": float(s)}) for s in range(1, 5)]
+
+
+def test_averages_leave_out_what_is_nan_and_travel_as_json():
+    averages = Averages()
+    averages.add({"loss": 1.0, "band": float("nan")})
+    averages = Averages(json.loads(json.dumps(averages.state())))
+    averages.add({"loss": 4.0, "band": 7.0})
+    assert averages.means() == {"loss": 2.5, "band": 7.0}
+    averages.clear()
+    assert averages.means() == {}
+
+
+def test_metrics_of_a_remote_workdir_are_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A URL is a folder that does not append: its files appear when they are uploaded."""
+    store = tmp_path / "store"
+    real = epath.Path
+    monkeypatch.setattr(
+        "sora_jax.training.metrics.epath.Path", lambda path: real(str(path).replace("gs://", f"{store}/"))
+    )
+    writer = MetricsWriter("gs://bucket/run", 0)
+    writer.write(1, {"loss": 2.0})
+    assert not (store / "bucket/run/metrics.jsonl").exists()
+    writer.upload()
+    writer.write(2, {"loss": float("nan")})
+    writer.close()
+    lines = [json.loads(line) for line in (store / "bucket/run/metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}]
+    again = MetricsWriter("gs://bucket/run", 1)
+    again.write(2, {"loss": 3.0})
+    again.close()
+    lines = [json.loads(line) for line in (store / "bucket/run/metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 3.0}]
+
+
+def test_peak_flops_takes_the_nearest_name():
+    assert peak_flops("TPU v5 lite") == 197e12
+    assert peak_flops("TPU v5p") == 459e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("cpu") is None
+
+
+def test_flops_of_the_open_models_are_those_published():
+    """The blocks of Wan 2.1 1.3B at 480p, 81 frames: 32,760 tokens and 283 TFLOP; borders and text encoder are small."""
+    from sora_jax.models.text_encoder import TextEncoderConfig
+    from sora_jax.models.transformer import TransformerConfig
+
+    no_text = TextEncoderConfig(num_layers=1, d_model=1, d_ff=1, d_kv=1, num_heads=1)
+    assert diffusion_flops(TransformerConfig(), no_text, 32_760, 512) == pytest.approx(283e12, rel=0.01)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path):
+    with pytest.raises(UserError):
+        find_pretrained(str(tmp_path / "nothing"))
