@@ -13,12 +13,17 @@ Levels come as a table with one column per group, `[B, G]`, and an index `level_
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-AnyLevels = Float[Array, "*any"] | Float[np.ndarray, "*any"]
+if TYPE_CHECKING:
+    AnyLevels = Any  # a schedule is made in numpy, drawn levels are JAX arrays
+else:
+    AnyLevels = Float[Array, "*any"] | Float[np.ndarray, "*any"]
 
 
 def spread(table: Float[Array, "B G *rest"], level_ids: Int[Array, "B N"]) -> Float[Array, "B N *rest"]:

@@ -52,7 +52,7 @@ class PackedRows:
     text_ids: Int[AnyArray, "B L"]
 
     def replace(self, **changes: object) -> PackedRows:
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+        return dataclasses.replace(self, **changes)
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(PackedRows))
