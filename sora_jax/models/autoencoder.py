@@ -11,7 +11,6 @@ run the pieces over a clip of any duration, in memory that does not grow with it
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,22 +25,12 @@ from jaxtyping import Array, Float, Key
 
 from sora_jax.errors import UserError, nearest
 from sora_jax.models import layers
-from sora_jax.models.causal_conv import (
-    KERNEL_AXES,
-    CausalConv,
-    ChannelNorm,
-    Downsample,
-    Past,
-    Upsample,
-    average_down,
-    duplicate_up,
-    split_past,
-)
+from sora_jax.models.autoencoder_blocks import DownBlock, MiddleBlock, UpBlock
+from sora_jax.models.causal_conv import KERNEL_AXES, CausalConv, ChannelNorm, Past, split_past
 from sora_jax.shapes import Extent, Stride, latent_extent
 from sora_jax.sharding import constrain
 
 ACTIVATION_AXES = ("batch", "frames", "rows", "columns", None)
-ATTENTION_BLOCK = 1024  # queries a block; a frame with more positions than this is attended block by block
 
 
 @dataclass(frozen=True)
@@ -62,10 +51,6 @@ class AutoencoderConfig:
     patch_size: int | None = None  # side of the pixel square folded into channels; None: 1
 
     def __post_init__(self) -> None:
-        for name in ("dim_mult", "attn_scales", "temperal_downsample", "latents_mean", "latents_std"):
-            value = getattr(self, name)
-            if value is not None:  # lists come from JSON; a frozen config must hash
-                object.__setattr__(self, name, tuple(value))
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
             raise UserError(
                 f"temperal_downsample has {len(self.temperal_downsample)} entries for {len(self.dim_mult)} levels; "
@@ -76,7 +61,7 @@ class AutoencoderConfig:
             if value is not None and len(value) != self.z_dim:
                 raise UserError(f"{name} has {len(value)} entries; it needs one for each of the {self.z_dim} channels")
         if self.attn_scales:
-            raise UserError(f"attn_scales {self.attn_scales} is not supported: attention is in the middle block only; use []")
+            raise UserError(f"attn_scales {self.attn_scales} is not supported: only the middle block attends; use []")
         if self.is_residual:
             self._check_shortcuts()
 
@@ -87,8 +72,9 @@ class AutoencoderConfig:
             factor = 1 if level == last else 4 * (1 + self.temperal_downsample[level])
             if narrow * factor % wide:
                 raise UserError(
-                    f"dim_mult {self.dim_mult} cannot have residual shortcuts: level {level} goes from {narrow} to {wide} "
-                    f"times the base width with {factor} pixels to average; the last two entries must be equal"
+                    f"dim_mult {self.dim_mult} cannot have residual shortcuts: level {level} goes from {narrow} to "
+                    f"{wide} times the base width by averaging {factor} pixels, and {wide} must divide "
+                    f"{narrow} x {factor}; the last two entries must be equal"
                 )
 
     @property
@@ -126,7 +112,9 @@ class AutoencoderConfig:
         for key in values:
             if key not in known:
                 raise UserError(f'unknown autoencoder config key "{key}": {nearest(key, known)}')
-        config = cls(**values)
+        # JSON has no tuples, and a frozen config must hash.
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        config = cls(**fields)
         for name, count in derived.items():
             if count is not None and count != config.pixel_channels:
                 raise UserError(
@@ -152,124 +140,6 @@ class Posterior:
         """Divergence from the unit Gaussian in nats, mean over all latent values; float32."""
         mean, logvar = self.mean.astype(jnp.float32), self.logvar.astype(jnp.float32)
         return 0.5 * jnp.mean(mean * mean + jnp.exp(logvar) - 1.0 - logvar)
-
-
-# --- blocks --------------------------------------------------------------------------------------------------------
-
-
-class ResidualBlock(nnx.Module):
-    """Twice norm, SiLU, causal 3 x 3 x 3 convolution, plus a shortcut. Starts as the shortcut alone."""
-
-    def __init__(self, n_in: int, n_out: int, *, rngs: nnx.Rngs):
-        self.norm1 = ChannelNorm(n_in, rngs=rngs)
-        self.conv1 = CausalConv(n_in, n_out, rngs=rngs)
-        self.norm2 = ChannelNorm(n_out, rngs=rngs)
-        self.conv2 = CausalConv(n_out, n_out, rngs=rngs, init=layers.zeros)
-        self.shortcut = None if n_in == n_out else layers.Linear(n_in, n_out, KERNEL_AXES, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B T H W C"], past: Past = None) -> tuple[Float[Array, "B T H W O"], Past]:
-        past1, past2 = split_past(past, 2)
-        y, past1 = self.conv1(jax.nn.silu(self.norm1(x)), past1)
-        y, past2 = self.conv2(jax.nn.silu(self.norm2(y)), past2)
-        return y + (x if self.shortcut is None else self.shortcut(x)), (past1, past2)
-
-
-class FrameAttention(nnx.Module):
-    """Single-head self-attention over the positions of each frame, plus a shortcut."""
-
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.norm = ChannelNorm(width, rngs=rngs)
-        self.qkv = layers.Linear(width, 3 * width, KERNEL_AXES, rngs=rngs)
-        self.out = layers.Linear(width, width, KERNEL_AXES, rngs=rngs, init=layers.zeros)
-
-    def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
-        q, k, v = jnp.split(rearrange(self.qkv(self.norm(x)), "b t h w c -> (b t) (h w) c"), 3, axis=-1)
-        return x + self.out(attend(q, k, v, ATTENTION_BLOCK).reshape(x.shape))
-
-
-def attend(
-    q: Float[Array, "M N C"], k: Float[Array, "M N C"], v: Float[Array, "M N C"], block: int
-) -> Float[Array, "M N C"]:
-    """softmax(q k^T / sqrt(C)) v, scores and softmax in float32, holding at most [M, block, N] scores at a time."""
-
-    def rows(q_block: jax.Array) -> jax.Array:
-        scores = jnp.einsum("mqc,mnc->mqn", q_block, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]), axis=-1)
-        return jnp.einsum("mqn,mnc->mqc", weights.astype(v.dtype), v)
-
-    n = q.shape[1]
-    if n <= block:
-        return rows(q)
-    q = jnp.pad(q, ((0, 0), (0, -n % block), (0, 0)))
-    y = jax.lax.map(rows, rearrange(q, "m (blocks n) c -> blocks m n c", n=block))
-    return rearrange(y, "blocks m n c -> m (blocks n) c")[:, :n]
-
-
-class MiddleBlock(nnx.Module):
-    """Residual block, attention within each frame, residual block, at the lowest resolution."""
-
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.resnet1 = ResidualBlock(width, width, rngs=rngs)
-        self.attention = FrameAttention(width, rngs=rngs)
-        self.resnet2 = ResidualBlock(width, width, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B T H W C"], past: Past = None) -> tuple[Float[Array, "B T H W C"], Past]:
-        past1, past2 = split_past(past, 2)
-        x, past1 = self.resnet1(x, past1)
-        x, past2 = self.resnet2(self.attention(x), past2)
-        return x, (past1, past2)
-
-
-class DownBlock(nnx.Module):
-    """One level of the encoder: residual blocks, then `Downsample` unless it is the last.
-
-    With `shortcut`, `average_down` of the input is added to the output.
-    """
-
-    def __init__(
-        self, n_in: int, n_out: int, n_blocks: int, *, space: bool, time: bool, shortcut: bool, rngs: nnx.Rngs
-    ):
-        widths = [n_in] + [n_out] * n_blocks
-        self.resnets = nnx.List([ResidualBlock(widths[i], n_out, rngs=rngs) for i in range(n_blocks)])
-        self.downsample = Downsample(n_out, time=time, rngs=rngs) if space else None
-        self.shortcut = (n_out, 1 + time, 1 + space) if shortcut else None
-
-    def __call__(self, x: Float[Array, "B T H W C"], past: Past = None) -> tuple[Float[Array, "B _ _ _ O"], Past]:
-        skip = None if self.shortcut is None else average_down(x, *self.shortcut, first=past is None)
-        pasts = list(split_past(past, len(self.resnets) + 1))
-        for i, resnet in enumerate(self.resnets):
-            x, pasts[i] = resnet(x, pasts[i])
-        if self.downsample is None:
-            pasts[-1] = ()
-        else:
-            x, pasts[-1] = self.downsample(x, pasts[-1])
-        return (x if skip is None else x + skip), tuple(pasts)
-
-
-class UpBlock(nnx.Module):
-    """One level of the decoder: residual blocks, then `Upsample` to `n_up` channels unless it is the last.
-
-    With `shortcut`, `duplicate_up` of the input is added to the output of the upsampling.
-    """
-
-    def __init__(
-        self, n_in: int, n_out: int, n_up: int, n_blocks: int, *, space: bool, time: bool, shortcut: bool, rngs: nnx.Rngs
-    ):
-        widths = [n_in] + [n_out] * n_blocks
-        self.resnets = nnx.List([ResidualBlock(widths[i], n_out, rngs=rngs) for i in range(n_blocks)])
-        self.upsample = Upsample(n_out, n_up, time=time, rngs=rngs) if space else None
-        self.shortcut = (n_up, 1 + time, 2) if shortcut and space else None
-
-    def __call__(self, x: Float[Array, "B T H W C"], past: Past = None) -> tuple[Float[Array, "B _ _ _ O"], Past]:
-        skip = None if self.shortcut is None else duplicate_up(x, *self.shortcut, first=past is None)
-        pasts = list(split_past(past, len(self.resnets) + 1))
-        for i, resnet in enumerate(self.resnets):
-            x, pasts[i] = resnet(x, pasts[i])
-        if self.upsample is None:
-            pasts[-1] = ()
-        else:
-            x, pasts[-1] = self.upsample(x, pasts[-1])
-        return (x if skip is None else x + skip), tuple(pasts)
 
 
 # --- encoder and decoder -------------------------------------------------------------------------------------------
@@ -359,6 +229,8 @@ class Autoencoder(nnx.Module):
         self.config = config
         self.encoder = Encoder(config, rngs=rngs)
         self.quant_conv = layers.Linear(2 * config.z_dim, 2 * config.z_dim, KERNEL_AXES, rngs=rngs)
+        # A fresh posterior is narrow (standard deviation e^-3): unit noise would hide the means it has yet to learn.
+        self.quant_conv.bias[...] = jnp.where(jnp.arange(2 * config.z_dim) < config.z_dim, 0.0, -6.0)
         self.post_quant_conv = layers.Linear(config.z_dim, config.z_dim, KERNEL_AXES, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
 

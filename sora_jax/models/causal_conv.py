@@ -27,6 +27,22 @@ Past = Any  # None, an array [B, frames, H, W, C], or a tuple of pasts
 KERNEL_AXES = ("channels_in", "channels_out")
 
 
+def image_init(init: layers.Initializer) -> layers.Initializer:
+    """Start a kernel [taps, ...] as `init` of the current frame's tap, the earlier ones zero: an untrained network
+    treats every frame as an image, and a network trained on images starts right on video."""
+
+    def make(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jnp.zeros(shape, dtype).at[-1].set(init(key, shape[1:], dtype))
+
+    return make
+
+
+def pass_through(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The matrix [n, m n] that repeats n channels m times."""
+    del key
+    return jnp.tile(jnp.eye(shape[0], dtype=dtype), (1, shape[1] // shape[0]))
+
+
 def split_past(past: Past, count: int) -> tuple[Past, ...]:
     """The pasts of `count` children; all None at the start of a clip."""
     return (None,) * count if past is None else past
@@ -112,7 +128,7 @@ class CausalConv(nnx.Module):
         rngs: nnx.Rngs,
         init: layers.Initializer = layers.lecun_normal,
     ):
-        self.kernel = layers.param(rngs, init, (*size, n_in, n_out), (None, None, None, *KERNEL_AXES))
+        self.kernel = layers.param(rngs, image_init(init), (*size, n_in, n_out), (None, None, None, *KERNEL_AXES))
         self.bias = layers.param(rngs, layers.zeros, (n_out,), KERNEL_AXES[1:])
 
     def __call__(self, x: Float[Array, "B T H W C"], past: Past = None) -> tuple[Float[Array, "B T H W O"], Past]:
@@ -144,10 +160,10 @@ class FrameConv(nnx.Module):
 
 class TimeConv(nnx.Module):
     """Three taps along time and none in space, as one matrix product over [..., 3 C]; no padding: T frames make
-    (T - 3) // stride + 1."""
+    (T - 3) // stride + 1. Starts by copying the current frame, `n_out // n_in` times."""
 
     def __init__(self, n_in: int, n_out: int, *, stride: int = 1, rngs: nnx.Rngs):
-        self.kernel = layers.param(rngs, layers.lecun_normal, (3, n_in, n_out), (None, *KERNEL_AXES))
+        self.kernel = layers.param(rngs, image_init(pass_through), (3, n_in, n_out), (None, *KERNEL_AXES))
         self.bias = layers.param(rngs, layers.zeros, (n_out,), KERNEL_AXES[1:])
         self.stride = stride
 

@@ -1,0 +1,111 @@
+"""The loss of the video autoencoder and one step of its training.
+
+Images are videos of one frame: batches of any T = 1 + stride.time * k go through the same step, one compile per shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Num
+
+from sora_jax.errors import UserError
+from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from sora_jax.training.state import TrainState, apply_gradients
+
+MODULE = "autoencoder"  # the one entry of `TrainState.params`
+
+Step = Callable[[TrainState, Num[Array, "B T H W 3"]], tuple[TrainState, dict[str, Float[Array, ""]]]]
+
+
+@dataclass(frozen=True)
+class AutoencoderLossConfig:
+    """Weights of the terms; errors are of pixels in [-1, 1], the divergence in nats per latent value."""
+
+    l1: float = 1.0
+    l2: float = 0.0  # squared error: what PSNR counts; worth adding at the end of a run
+    gradient: float = 1.0
+    gradient_scales: int = 3
+    kl: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.gradient_scales < 1:
+            raise UserError(f"gradient_scales must be at least 1, not {self.gradient_scales}")
+
+
+def gradient_error(error: Float[Array, "B T H W C"], scales: int) -> Float[Array, ""]:
+    """Mean absolute difference of neighbours of `error` along time, height and width, summed over the axes and averaged
+    over `scales`: full resolution, then halved in space by averaging each time.
+
+    As differences are linear this is the L1 distance between the gradients of two videos whose difference is `error`:
+    it punishes blurred edges, flicker and halos, which move the plain error little.
+    """
+    total = jnp.zeros((), jnp.float32)
+    for scale in range(scales):
+        if scale:
+            b, t, h, w, c = error.shape
+            error = error[:, :, : h // 2 * 2, : w // 2 * 2].reshape(b, t, h // 2, 2, w // 2, 2, c).mean(axis=(3, 5))
+        for axis in (1, 2, 3):
+            if error.shape[axis] > 1:
+                total += jnp.mean(jnp.abs(jnp.diff(error, axis=axis)))
+    return total / scales
+
+
+def autoencoder_loss(
+    model: Autoencoder, video: Float[Array, "B T H W 3"], key: jax.Array, weights: AutoencoderLossConfig
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The weighted loss of reconstructing `video` from a sample of its posterior, and every term by name.
+
+    The model computes in the dtype of `video`; the terms are float32. `psnr` is of unclipped frames, in dB.
+    """
+    posterior = model.encode(video)
+    decoded = model.decode(posterior.sample(key), clip=False)
+    error = decoded.astype(jnp.float32) - video.astype(jnp.float32)
+    squared = jnp.mean(error * error)
+    terms = {
+        "l1": jnp.mean(jnp.abs(error)),
+        "l2": squared,
+        "gradient": gradient_error(error, weights.gradient_scales),
+        "kl": posterior.kl(),
+    }
+    loss = sum((getattr(weights, name) * value for name, value in terms.items()), jnp.zeros((), jnp.float32))
+    return loss, terms | {"loss": loss, "psnr": 10.0 * jnp.log10(4.0 / jnp.maximum(squared, 1e-12))}
+
+
+def make_autoencoder_step(
+    graphdef: nnx.GraphDef,
+    config: AutoencoderConfig,
+    optimizer: optax.GradientTransformation,
+    weights: AutoencoderLossConfig,
+    *,
+    clip_norm: float = 1.0,
+    ema_decay: float = 0.999,
+    dtype: jnp.dtype | type = jnp.float32,
+) -> Step:
+    """`step(state, video) -> (state, metrics)`, jitted, with `state` donated.
+
+    `video` [B, T, H, W, 3] is uint8, or floating point in [-1, 1]; it is computed with in `dtype`. `state.params` is
+    {"autoencoder": parameters}. Metrics are those of `autoencoder_loss` and `apply_gradients`.
+    """
+    if config.dropout:
+        raise UserError(f"dropout {config.dropout} is not supported in training an autoencoder; use 0")
+
+    def loss_fn(params: Any, video: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return autoencoder_loss(nnx.merge(graphdef, params[MODULE]), video, key, weights)
+
+    def step(state: TrainState, video: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        if video.dtype == jnp.uint8:
+            video = video.astype(jnp.float32) / 127.5 - 1.0
+        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, video.astype(dtype), state.step_key()
+        )
+        state, metrics = apply_gradients(state, grads, loss, optimizer, clip_norm=clip_norm, ema_decay=ema_decay)
+        return state, terms | metrics
+
+    return jax.jit(step, donate_argnums=0)
