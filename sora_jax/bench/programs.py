@@ -71,63 +71,33 @@ def training_program(config: Config, mesh: Mesh, dtype: jnp.dtype) -> TrainingPr
         dtype=dtype,
     )
     state = abstract_state(init, jax.random.key(0), mesh)
-    return TrainingProgram(step, mesh, state, _rows(config, sharding.batch_sharding(mesh)), init)
-
-
-def _rows(config: Config, place: Any) -> PackedRows:
-    """The shapes of a batch."""
-    B, data, patch = config.train.batch_size, config.data, config.transformer.patch
-    N, L, G = data.row_tokens, data.row_text, data.groups
-    channels = config.transformer.in_channels * patch.time * patch.height * patch.width
-    ints = {
-        "positions": (B, N, 3),
-        **dict.fromkeys(("segment_ids", "prompt_ids", "level_ids"), (B, N)),
-        **dict.fromkeys(("group_segment", "group_frame", "group_count"), (B, G)),
-        **dict.fromkeys(("text_tokens", "text_ids"), (B, L)),
-    }
-    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place) for name, shape in ints.items()}
-    tokens = jax.ShapeDtypeStruct((B, N, channels), jnp.float32, sharding=place)
-    return jax.tree.unflatten(jax.tree.structure(_empty_rows()), [tokens, *(shapes[n] for n in _INTS)])
-
-
-_INTS = (
-    "positions",
-    "segment_ids",
-    "prompt_ids",
-    "level_ids",
-    "group_segment",
-    "group_frame",
-    "group_count",
-    "text_tokens",
-    "text_ids",
-)
-
-
-def _empty_rows() -> PackedRows:
-    flat, table = np.zeros((0, 0), np.int32), np.zeros((0, 0, 3), np.int32)
-    values = {name: table if name == "positions" else flat for name in _INTS}
-    return PackedRows(tokens=np.zeros((0, 0, 0), np.float32), **values)
+    batch = sharding.batch_sharding(mesh)
+    return TrainingProgram(step, mesh, state, jax.tree.map(lambda leaf: _placed(leaf, batch), full_rows(config)), init)
 
 
 def full_rows(config: Config, seed: int = 0) -> PackedRows:
-    """A batch as the loader makes it when one clip fills each row; latents are noise."""
-    shapes = _rows(config, None)
+    """A batch in which one clip fills each row; latents and texts are noise."""
+    B, data, patch = config.train.batch_size, config.data, config.transformer.patch
+    N, L, G = data.row_tokens, data.row_text, data.groups
+    channels = config.transformer.in_channels * patch.time * patch.height * patch.width
     rng = np.random.default_rng(seed)
-    B, N, _ = shapes.tokens.shape
-    G, L = shapes.group_segment.shape[1], shapes.text_ids.shape[1]
-    frame = np.minimum(np.arange(N) // -(-N // G), G - 1).astype(np.int32)
-    tile = lambda row: np.broadcast_to(np.asarray(row, np.int32), (B, *np.shape(row))).copy()  # noqa: E731
+    token = np.arange(N)
+    frame = token * G // N
+
+    def rows(one: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(one.astype(np.int32), (B, *one.shape)).copy()
+
     return PackedRows(
-        tokens=rng.standard_normal(shapes.tokens.shape, np.float32),
-        positions=tile(np.stack([frame, np.arange(N) % 4, np.arange(N) // 4 % 4], axis=-1)),
-        segment_ids=tile(np.ones(N)),
-        prompt_ids=tile(np.ones(N)),
-        level_ids=tile(frame),
-        group_segment=tile(np.ones(G)),
-        group_frame=tile(np.arange(G)),
-        group_count=tile(np.full(G, G)),
+        tokens=rng.standard_normal((B, N, channels), np.float32),
+        positions=rows(np.stack([frame, token // 4 % 4, token % 4], axis=-1)),
+        segment_ids=rows(np.ones(N)),
+        prompt_ids=rows(np.ones(N)),
+        level_ids=rows(frame),
+        group_segment=rows(np.ones(G)),
+        group_frame=rows(np.arange(G)),
+        group_count=rows(np.full(G, G)),
         text_tokens=rng.integers(3, 259, (B, L)).astype(np.int32),
-        text_ids=tile(np.ones(L)),
+        text_ids=rows(np.ones(L)),
     )
 
 

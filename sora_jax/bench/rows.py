@@ -1,0 +1,154 @@
+"""What `sora-jax bench` measures. Each row runs in a process of its own, so that none pays or earns for another.
+
+A row is a function of a model's name that returns seconds of one unit of work, after everything is compiled: the median
+of repetitions that together take about two seconds or more.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+PROMPT = "a red ball bounces on a blue floor"
+SPENT = 2.0  # seconds of repetitions, at least
+LEAST = 5  # repetitions, at least
+
+
+def median_seconds(work: Callable[[], object], *, warm: int = 1) -> float:
+    """The median time of `work`, which must have finished when it returns; the first `warm` calls do not count."""
+    for _ in range(warm):
+        work()
+    times: list[float] = []
+    while len(times) < LEAST or sum(times) < SPENT:
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def world_sampler_step(model: str) -> float:
+    """One guided solver step of one video."""
+    return _stage_seconds(model, "denoise")
+
+
+def autoencoder_decode(model: str) -> float:
+    """All frames of one video from its latents."""
+    from sora_jax.pipeline import Pipeline
+    from sora_jax.shapes import latent_extent
+
+    pipe = Pipeline.load(model)
+    extent = latent_extent(pipe.extent(), pipe.stride, pipe.patch)
+    shape = (1, *extent, pipe.folder.autoencoder_config.z_dim)
+    latents = np.random.default_rng(0).standard_normal(shape, np.float32)
+    return median_seconds(lambda: pipe.decode(latents))
+
+
+def _stage_seconds(model: str, stage: str) -> float:
+    """The median time between two reports of a stage's progress, over two videos of which the first warms up."""
+    from sora_jax.pipeline import Pipeline
+
+    pipe = Pipeline.load(model)
+    ticks: list[float] = []
+
+    def tick(name: str, done: int, total: int) -> None:
+        if name == stage:
+            ticks.append(time.perf_counter())
+
+    pipe.sample(PROMPT, steps=2)
+    pipe.sample(PROMPT, steps=30, progress=tick)
+    return statistics.median(np.diff(ticks).tolist())
+
+
+def world_train_step(model: str) -> float:
+    """One step of the world's diffusion training: 64 rows of one clip each."""
+    import jax
+
+    from sora_jax.bench.programs import full_rows, training_program
+    from sora_jax.config import load_config
+    from sora_jax.runtime import compute_dtype
+    from sora_jax.sharding import batch_sharding, make_mesh
+
+    del model  # the size of a step is the config's
+    config = load_config("world")
+    program = training_program(config, make_mesh(), compute_dtype())
+    rows = jax.device_put(full_rows(config), batch_sharding(program.mesh))
+    state = program.start()
+
+    def step() -> None:
+        nonlocal state
+        with jax.set_mesh(program.mesh):
+            state, metrics = program.step(state, rows)
+        jax.block_until_ready(metrics)
+
+    return median_seconds(step)
+
+
+def loader_clip(model: str) -> float:
+    """One clip through the loader on one core: read from a latent cache, captioned, packed."""
+    from sora_jax.config import load_config
+    from sora_jax.data.latents import CacheInfo, LatentRecord, LatentSource, LatentWriter
+    from sora_jax.data.loader import make_loader
+    from sora_jax.models.tokenizer import ByteTokenizer
+
+    del model  # latents are noise here
+    data, clips = load_config("world").data, 512
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        info = CacheInfo("noise", "0", (4, 16, 16), 32, {"bench": clips})
+        writer = LatentWriter(Path(folder) / "latents", info, clips=clips)
+        for shard in writer.missing():
+            with writer.shard(shard) as out:
+                for index in range(shard.start, shard.stop):
+                    latents = rng.standard_normal((5, 4, 4, 32), np.float32).astype(np.float16)
+                    out.add(LatentRecord(latents, (PROMPT,), (PROMPT,), 8.0, f"noise/{index}", (17, 64, 64)))
+        loader = make_loader(
+            LatentSource(Path(folder) / "latents"),
+            tokenize=ByteTokenizer().encode,
+            rows=64,
+            row_tokens=data.row_tokens,
+            row_text=data.row_text,
+            row_groups=data.groups,
+            image_share=data.image_share,
+            caption_dropout=data.caption_dropout,
+            prefetch=0,
+        )
+        per_batch: list[int] = []
+
+        def batch() -> None:
+            arrays = next(loader)
+            per_batch.append(int(arrays["segment_ids"].max(axis=1).sum()))
+
+        try:
+            seconds = median_seconds(batch)
+        finally:
+            loader.close()
+    return seconds / statistics.mean(per_batch)
+
+
+def world_render(model: str) -> float:
+    """One clip of the world at 64x64, 17 frames, on one core: the scene, its truth, its pixels and its captions."""
+    from sora_jax.data.world import WorldSource
+
+    del model
+    source, size = WorldSource(seed=0, n=100_000), 64
+    starts = iter(range(0, 100_000 - size, size))
+
+    def batch() -> None:
+        first = next(starts)
+        source.batch(range(first, first + size))
+
+    return median_seconds(batch) / size
+
+
+ROWS: dict[str, Callable[[str], float]] = {
+    "world-sampler-step": world_sampler_step,
+    "world-train-step": world_train_step,
+    "autoencoder-decode": autoencoder_decode,
+    "loader": loader_clip,
+    "world-render": world_render,
+}

@@ -1,0 +1,113 @@
+"""`sora-jax bench`: how long the parts take on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sora_jax.errors import UserError, nearest
+
+HELP = "measure how long the parts take on this machine"
+EXAMPLES = """
+    sora-jax bench
+    sora-jax bench world-train-step loader --json
+    sora-jax bench first-video-cold first-video-warm
+"""
+
+# name: what one unit of it is
+ROWS = {
+    "first-video-cold": "the whole sample command, nothing compiled before",
+    "first-video-warm": "the whole sample command, with the compile cache that a first one left",
+    "world-sampler-step": "a guided solver step of one video",
+    "world-train-step": "a train step of 64 clips",
+    "autoencoder-decode": "17 frames of 64x64 from their latents",
+    "loader": "a clip from the latent cache into a packed row, one core",
+    "world-render": "a clip of the world, 17 frames of 64x64 and its captions, one core",
+}
+RATES = {"loader": "clips/s", "world-render": "clips/s", "world-train-step": "steps/s"}
+ONE_CORE = ("loader", "world-render")
+
+# Runs one row in a process of its own and prints its seconds last.
+CHILD = """
+import os, sys
+if sys.argv[3:] and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core
+from sora_jax.bench.rows import ROWS
+print(ROWS[sys.argv[1]](sys.argv[2]))
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    listing = "; ".join(f"{name}: {what}" for name, what in ROWS.items())
+    parser.add_argument("row", nargs="*", metavar="ROW", help=f"what to measure (everything). {listing}")
+    parser.add_argument("--model", default="world", metavar="MODEL", help="what is sampled (world)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    for name in args.row:
+        if name not in ROWS:
+            raise UserError(f'unknown row "{name}"; {nearest(name, ROWS)}')
+    from sora_jax.weights.shipped import find_model
+
+    find_model(args.model)  # says at once that there is none
+    rows = []
+    for name in args.row or ROWS:
+        seconds, peak = measure(name, args.model)
+        # A row has a reference where another implementation of the same work was timed beside it.
+        rows.append(
+            {"name": name, "seconds": seconds, "reference": None, "reference_seconds": None, "peak_bytes": peak}
+        )
+        if not args.json:
+            rate = f"{1 / seconds:10.1f} {RATES[name]}" if name in RATES else ""
+            print(f"{name:20} {seconds:10.4f} s {peak / 2**20:8.0f} MiB {rate:20} {ROWS[name]}", flush=True)
+    return {"rows": rows}
+
+
+class Cost(NamedTuple):
+    """Wall time, and the most memory that the process held on the host (with the CPU as device: all of it)."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def measure(name: str, model: str) -> Cost:
+    if not name.startswith("first-video"):
+        out, cost = _child([sys.executable, "-c", CHILD, name, model, *(["one core"] if name in ONE_CORE else [])])
+        return Cost(float(out.split()[-1]), cost.peak_bytes)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "sora_jax", "sample", "a red ball bounces on a blue floor", "--model", model]
+        command += ["--force", "--out", os.path.join(folder, "video.mp4")]
+        cache = {"JAX_COMPILATION_CACHE_DIR": os.path.join(folder, "compiled")}
+        cost = _child(command, environment=cache)[1]
+        if name == "first-video-warm":
+            cost = _child(command, environment=cache)[1]
+        return cost
+
+
+def _child(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[str, Cost]:
+    """Run a command to its end: what it printed, and what it cost. Raises `UserError` with its last line on failure."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **(environment or {})})
+        try:
+            # wait4 and not wait: it tells what this one child used.
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
+        seconds = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        if process.returncode:
+            lines = err.read().strip().splitlines()
+            raise UserError(f"a measurement failed: {lines[-1] if lines else process.returncode}")
+        scale = 1 if sys.platform == "darwin" else 1024
+        return out.read(), Cost(seconds, usage.ru_maxrss * scale)
