@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit, on any mesh; damage is found and walked around; what does not fit is refused by name."""
+"""Checkpoints come back to the bit, on any mesh; damage is found and walked around; what does not fit is refused."""
 
 from __future__ import annotations
 

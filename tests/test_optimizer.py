@@ -1,4 +1,4 @@
-"""Schedules in closed form, AdamW and Muon against numpy, who is trained by what, and the guard against bad gradients."""
+"""Schedules in closed form, AdamW and Muon against numpy, who is trained by what, and the guard of bad gradients."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Small(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs):
         self.patch_embed = layers.Linear(3, 4, (None, "embed"), rngs=rngs)
-        self.blocks = layers.stack_layers(lambda r: Layer(r), 3, rngs)
+        self.blocks = layers.stack_layers(Layer, 3, rngs)
         self.conv = Conv(rngs)
         self.table = layers.param(rngs, layers.normal(1.0), (2, 4), (None, "embed"))
         self.head = layers.Linear(4, 3, ("embed", None), rngs=rngs)
@@ -100,7 +100,7 @@ def test_muon_trains_the_hidden_matrices_of_the_real_models():
         assert not any(name.startswith(("patch_embed", "head")) for name in by_muon)
 
 
-# -------------------------------------------------------------------------------------------------- updates against numpy
+# ------------------------------------------------------------------------------------------------ updates against numpy
 
 
 def newton_schulz(gradient: np.ndarray, iterations: int = 5) -> np.ndarray:

@@ -275,7 +275,7 @@ def test_a_run_goes_on_on_another_mesh(run: Run, tmp_path: Path, monkeypatch: py
         assert moved.losses[step] == pytest.approx(run.losses[step], rel=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------------- stops
+# --------------------------------------------------------------------------------------------------------------- stops
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -310,7 +310,7 @@ def test_a_run_of_bad_gradients_ends_it_with_the_last_good_checkpoint_kept(run: 
     assert np.isfinite(run.losses[3])
 
 
-# --------------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------------------------- metrics
 
 
 def test_late_metrics_keep_their_order_and_their_steps():
@@ -363,7 +363,7 @@ def test_peak_flops_takes_the_nearest_name():
 
 
 def test_flops_of_the_open_models_are_those_published():
-    """The blocks of Wan 2.1 1.3B at 480p, 81 frames: 32,760 tokens and 283 TFLOP; borders and text encoder are small."""
+    """The blocks of Wan 2.1 1.3B at 480p, 81 frames: 32,760 tokens, 283 TFLOP; borders and text are small."""
     from sora_jax.models.text_encoder import TextEncoderConfig
     from sora_jax.models.transformer import TransformerConfig
 

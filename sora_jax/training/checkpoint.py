@@ -126,6 +126,19 @@ class Checkpoints:
     def notes(self, step: int) -> dict[str, Any]:
         return self._manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))["notes"]
 
+    def arrays(self, step: int) -> dict[str, np.ndarray]:
+        """Every array of a step by its dotted name, in host memory; random keys as the words they are made of."""
+        names = self._saved(step)
+        as_numpy = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
+        arguments = ocp.args.PyTreeRestore(dict.fromkeys(names, 0), restore_args=as_numpy)
+        return self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+
+    def _saved(self, step: int) -> dict[str, Any]:
+        """Shape and dtype of every array of a step."""
+        tree = self._manager.item_metadata(step)["state"]
+        # Orbax has wrapped this tree in different classes over time; each can be indexed by key.
+        return {name: tree[name] for name in tree}
+
     def newest_good(self) -> int | None:
         """The newest step whose files are what they were when they were written; says which newer ones are not.
 
@@ -153,10 +166,8 @@ class Checkpoints:
         if not self._read_only:
             self._set_aside_after(step)
         wanted = _by_name(like, part)
-        saved = self._manager.item_metadata(step)["state"]
-        # Orbax has wrapped this tree in different classes over time; each can be indexed by key.
-        saved = {name: saved[name] for name in saved}
-        _check_arrays(step, wanted, {name: meta for name, meta in saved.items() if name.startswith(part)})
+        saved = {name: meta for name, meta in self._saved(step).items() if not part or name.startswith(part + ".")}
+        _check_arrays(step, wanted, saved)
         arguments = jax.tree.map(
             lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype, strict=True), wanted
         )

@@ -3,8 +3,9 @@
     WORKDIR/metrics.jsonl     one JSON object a line: "step", "loss" and what else there is
     WORKDIR/tensorboard/      the same as curves, and sample grids
 
-A line's loss is the mean over the steps since the last one that was a multiple of `train.log_every`. Only the first process writes. Objects in a store do not
-append, so the files of a run whose workdir is a URL lie on the local disk and are uploaded at each checkpoint.
+A line's loss is the mean over the steps since the last one that was a multiple of `train.log_every`. Only the first
+process writes. Objects in a store do not append, so the files of a run whose workdir is a URL lie on the local disk and
+are uploaded at each checkpoint.
 """
 
 from __future__ import annotations
