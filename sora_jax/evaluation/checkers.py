@@ -124,6 +124,8 @@ def _passes_behind(thing: Track, direction: str, unit: float) -> bool:
 
 def _collides(first: Track, second: Track, direction: str, unit: float) -> bool:
     """The first comes in, and the second rests until it is reached and then moves off the same way."""
+    if not second.seen[:3].any():
+        return False
     both = [np.where(one.seen, one.centers[:, 0], np.nan) for one in (first, second)]
     start = np.nanmedian(both[1][:3])
     moved = np.flatnonzero(np.abs(both[1] - start) > 1.5 * unit)

@@ -46,7 +46,7 @@ def slides(track: Track, direction: str, unit: float, present: float = 0.7) -> b
     travel = speed * (_times(use)[-1] - _times(use)[0])
     if travel < 7 * unit or residual > 1.2 * unit + 0.05 * travel:
         return False
-    return not direction or float(slope @ heading(direction)) > np.cos(np.radians(22.5)) * speed
+    return not direction or bool(slope @ heading(direction) > np.cos(np.radians(22.5)) * speed)
 
 
 def rests(track: Track, direction: str, unit: float) -> bool:
@@ -109,7 +109,7 @@ def orbits(track: Track, direction: str, unit: float) -> bool:
     if abs(turned) < np.pi * 4 / 3 * (len(track.areas) - 1) / 16 or (steps < -0.1).any():
         return False
     if direction:  # y points down: growing angles are clockwise
-        return (turned > 0) == (direction == "clockwise")
+        return bool((turned > 0) == (direction == "clockwise"))
     return True
 
 

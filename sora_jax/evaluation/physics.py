@@ -200,9 +200,10 @@ def continuity(seen: Tracking, truth: Truth) -> bool:
         gaps = np.diff(shown)
         if truth.kind != "occluder" and (gaps > 1).any():
             return False
-        if shown[0] > 0 and not track.clipped[shown[0]]:
+        cut = track.clipped & (track.areas < 0.6 * np.nanmax(track.areas))
+        if shown[0] > 0 and not cut[shown[0]]:
             return False
-        if shown[-1] < len(track.seen) - 1 and not track.clipped[shown[-1]]:
+        if shown[-1] < frames - 1 and not cut[shown[-1]]:
             return False
         limit = 15.5 if thing.motion in ("bounce", "fall") else 11.0 if thing.motion == "orbit" else 7.0 * hurry
         steps = np.hypot(*np.diff(track.centers[shown], axis=0).T) / gaps
@@ -216,10 +217,11 @@ def permanence(seen: Tracking, truth: Truth) -> bool:
     track = match_tracks(seen, truth)[0]
     if track is None or len(seen.tracks) != 1:
         return False
-    whole = track.whole
     hidden = ~track.seen
-    if not hidden.any() or not whole.any():
+    if not hidden.any() or not track.whole.any():
         return False
+    # a tip behind the bar already moves the centre
+    whole = track.whole & (track.areas > 0.94 * np.median(track.areas[track.whole]))
     before = whole & (np.arange(len(whole)) < np.flatnonzero(hidden)[0])
     after = whole & (np.arange(len(whole)) > np.flatnonzero(hidden)[-1])
     if before.sum() < 2 or after.sum() < 2:
@@ -227,11 +229,16 @@ def permanence(seen: Tracking, truth: Truth) -> bool:
     sizes = [np.median(np.sqrt(track.areas[part])) for part in (before, after)]
     if not 0.85 < sizes[0] / sizes[1] < 1.18 or track.shape_in(before)[0] != track.shape_in(after)[0]:
         return False
+    # one velocity for both sides, and how far the second side is off the line of the first
     both = before | after
-    times = np.flatnonzero(both)
-    fit = np.polyfit(times, track.centers[both], 1)
-    off = track.centers[both] - (times[:, None] * fit[0] + fit[1])
-    return bool(np.abs(off).max() < 1.8 * seen.unit and abs(fit[0][0]) > 0.5 * seen.unit)
+    design = np.column_stack([np.ones(both.sum()), np.flatnonzero(both), after[both]])
+    fit, *_ = np.linalg.lstsq(design, track.centers[both], rcond=None)
+    off = track.centers[both] - design @ fit
+    return bool(
+        np.abs(off).max() < 1.8 * seen.unit
+        and np.abs(fit[2]).max() < 4 * seen.unit
+        and abs(fit[1][0]) > 0.5 * seen.unit
+    )
 
 
 def crossing(seen: Tracking, truth: Truth) -> bool:
@@ -245,7 +252,7 @@ def crossing(seen: Tracking, truth: Truth) -> bool:
         inner, outer = (shown[-1], shown[0]) if thing.motion == "enter" else (shown[0], shown[-1])
         if inner != (len(track.seen) - 1 if thing.motion == "enter" else 0):
             return False
-        if not track.clipped[outer] or track.clipped[inner]:
+        if not track.clipped[outer] or not track.whole[inner]:
             return False
         times = np.flatnonzero(track.whole)
         fit = np.polyfit(times, track.centers[times], 1)
@@ -283,6 +290,8 @@ def _knock(first: Track, second: Track, truth: Truth, unit: float) -> tuple[floa
     """
     none = (None, (0.0, 0.0, 0.0))
     x = [np.where(track.whole, track.centers[:, 0], np.nan) for track in (first, second)]
+    if not second.whole[:3].any():
+        return none
     start = np.nanmedian(x[1][:3])
     moved = np.flatnonzero(np.abs(x[1] - start) > 0.8 * unit)
     if not len(moved) or moved[0] < 3:
@@ -293,7 +302,7 @@ def _knock(first: Track, second: Track, truth: Truth, unit: float) -> tuple[floa
     later = [late[~np.isnan(one[late])] for one in x]
     if len(early) < 2 or min(len(part) for part in later) < 2:
         return none
-    if np.nanmax(np.abs(x[1][: k - 1] - start)) > unit:
+    if np.nan_to_num(np.abs(x[1][: k - 1] - start)).max() > unit:
         return none
     before = np.polyfit(early, x[0][early], 1)
     after = np.polyfit(later[0], x[0][later[0]], 1)

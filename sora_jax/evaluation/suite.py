@@ -32,7 +32,8 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     p, z2 = successes / n, _Z**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z * np.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    # rounding must not put the share itself outside
+    return max(0.0, min(p, float(centre - half))), min(1.0, max(p, float(centre + half)))
 
 
 def _share(answers: Sequence[bool]) -> dict[str, float | int]:

@@ -105,25 +105,26 @@ class Tracking:
     unit: float
 
 
-def _smooth(video: np.ndarray) -> np.ndarray:
-    """A 3 x 3 binomial filter over H and W of [T, H, W, 3]; borders are repeated."""
-    for axis in (1, 2):
-        n = video.shape[axis]
-        before = np.take(video, np.maximum(np.arange(n) - 1, 0), axis)
-        after = np.take(video, np.minimum(np.arange(n) + 1, n - 1), axis)
-        video = 0.5 * video + 0.25 * (before + after)
-    return video
+def _smooth(planes: np.ndarray) -> np.ndarray:
+    """A 3 x 3 binomial filter over the last two axes; borders are repeated."""
+    for axis in (-2, -1):
+        n = planes.shape[axis]
+        before = np.take(planes, np.maximum(np.arange(n) - 1, 0), axis)
+        before += np.take(planes, np.minimum(np.arange(n) + 1, n - 1), axis)
+        planes = 0.5 * planes + 0.25 * before
+    return planes
 
 
 def _label(video: np.ndarray) -> np.ndarray:
     """Hue index of every pixel that is colourful enough to belong to an object, else -1; int8 [T, H, W]."""
-    smooth = _smooth(video)
-    brightest = smooth.max(-1)
-    chroma = smooth - smooth.mean(-1, keepdims=True)
-    length = np.sqrt((chroma**2).sum(-1))
-    colorful = (length > _MIN_CHROMA) & (length > _MIN_SATURATION * brightest)
+    red, green, blue = _smooth(np.ascontiguousarray(np.moveaxis(video, -1, 0)))  # planes: reducing over 3 is slow
+    brightest = np.maximum(np.maximum(red, green), blue)
+    gray = (red + green + blue) / 3
+    squared = (red - gray) ** 2 + (green - gray) ** 2 + (blue - gray) ** 2
+    colorful = squared > np.maximum(_MIN_CHROMA, _MIN_SATURATION * brightest) ** 2
     labels = np.full(video.shape[:3], -1, np.int8)
-    labels[colorful] = (chroma[colorful] @ _HUES.T).argmax(-1)
+    # the hues sum to 0, so that gray falls out of the product
+    labels[colorful] = (np.stack([red[colorful], green[colorful], blue[colorful]], -1) @ _HUES.T).argmax(-1)
     return labels
 
 
@@ -239,11 +240,11 @@ def find_blobs(video: np.ndarray, unit: float) -> tuple[Blobs, np.ndarray]:
     owners = np.where(owners >= 0, position[owners], -1)
     mine = owners == np.arange(m)[:, None, None]
     near &= mine | (owners < 0)
-    pixels = video[index]
-    amount = ((pixels - pixels.mean(-1, keepdims=True)) * _HUES[color][:, None, None]).sum(-1)
-    ground = _masked_median(amount, (owners < 0) & (labels[index] < 0))
-    solid = _masked_median(amount, mine)
-    share = (amount - ground[:, None, None]) / np.maximum(solid - ground, 1.0)[:, None, None]
+    amount = np.einsum("myxc,mc->myx", video[index], _HUES[color])  # the hues sum to 0: gray falls out
+    # walls, floors and gradients differ from row to row
+    ground = _masked_median(amount, (owners < 0) & (labels[index] < 0))[..., None]
+    solid = _masked_median(amount.reshape(m, -1), mine.reshape(m, -1))[:, None, None]
+    share = (amount - ground) / np.maximum(solid - ground, 1.0)
     cover = np.clip((share - 0.5) * 1.5 + 0.5, 0, 1) * near
     mass = np.maximum(cover.sum((1, 2)), 1e-6)
     center_x = (cover * (xs + 0.5)).sum((1, 2)) / mass
@@ -261,12 +262,11 @@ def find_blobs(video: np.ndarray, unit: float) -> tuple[Blobs, np.ndarray]:
 
 
 def _masked_median(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Median of values [M, ...] where mask holds, per row; 0 where it holds nowhere."""
-    rows = np.where(mask, values, np.inf).reshape(len(values), -1)
-    counts = mask.reshape(len(values), -1).sum(1)
-    ranked = np.sort(rows, axis=1)
-    middle = ranked[np.arange(len(rows)), np.maximum(counts - 1, 0) // 2]
-    return np.where(counts > 0, middle, 0.0)
+    """Median over the last axis of the values where mask holds; 0 where it holds nowhere."""
+    counts = mask.sum(-1, keepdims=True)
+    ranked = np.sort(np.where(mask, values, np.inf), axis=-1)
+    middle = np.take_along_axis(ranked, np.maximum(counts - 1, 0) // 2, axis=-1)
+    return np.where(counts > 0, middle, 0.0)[..., 0]
 
 
 def _link(blobs: Blobs, frames: int, unit: float) -> list[list[int]]:
