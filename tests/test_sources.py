@@ -11,8 +11,9 @@ from PIL import Image
 
 from sora_jax.data.captions import read_folder
 from sora_jax.data.clips import Window, windows
-from sora_jax.data.sources import FolderSource
+from sora_jax.data.sources import FolderSource, WorldClips
 from sora_jax.data.video_io import UnreadableError, count_frames, fit, probe, read_image, read_video
+from sora_jax.data.world import WorldSource
 from sora_jax.errors import UserError
 
 CODECS = {".mp4": "libx264", ".mov": "libx264", ".mkv": "libx264", ".webm": "libvpx-vp9", ".avi": "mpeg4"}
@@ -213,12 +214,13 @@ def test_folder_gives_clips_with_captions(folder):
     assert [source[i]["source"] for i in range(len(source))] == [
         "a.webm@0", "a.webm@9", "c.PNG", "cats/b.mp4@0", "cats/b.mp4@9",
     ]  # fmt: skip
-    items = [source.read(i) for i in range(len(source))]
+    items = source.batch(range(len(source)))
     assert [len(item["frames"]) for item in items] == [9, 9, 1, 9, 5]
     assert all(item["frames"].shape[1:] == (16, 16, 3) and item["frames"].dtype == np.uint8 for item in items)
     assert numbers(items[1]["frames"]) == [j * 12 // 8 for j in range(9, 18)]
     assert numbers(items[4]["frames"]) == [3 * j for j in range(9, 14)]
     assert [item["captions"] for item in items] == [["un chien"]] * 2 + [["a square"]] + [["a cat", "a small cat"]] * 2
+    assert [item["captions_image"] for item in items] == [[], [], ["a square"], [], []]
     assert source.unreadable == source.too_short == []
 
 
@@ -258,6 +260,24 @@ def test_too_short_videos_are_listed(folder):
     (folder / "metadata.csv").write_text("path,text\nd.mp4,short\n")
     with pytest.raises(UserError, match="no video in .* is as long as 5 frames at 8 fps"):
         FolderSource(folder)
+
+
+def test_world_clips_have_many_true_captions():
+    source = WorldClips(30, seed=3)
+    items = source.batch(range(30))
+    for index, item in enumerate(items):
+        assert item["frames"].shape == (17, 64, 64, 3)
+        assert (len(item["captions"]), len(item["captions_image"])) == (6, 3)
+        assert item["source"] == f"world/train/3/{index}"
+        np.testing.assert_array_equal(item["frames"], WorldSource(3, 30)[index]["frames"])
+    assert np.mean([len(set(item["captions"])) for item in items]) > 4.5, "paraphrases differ"
+    again = WorldClips(100, seed=3).batch([7])[0]
+    assert again["captions"] == items[7]["captions"], "a clip does not depend on how many there are"
+    assert source.identity == WorldClips(100, seed=3).identity != WorldClips(30, seed=4).identity
+    # A still shows no motion, so its captions name none.
+    verbs = ("bounce", "slide", "fall", "orbit", "grow", "shrink", "move", "drop", "roll", "hop", "glide")
+    stills = " ".join(text for item in items for text in item["captions_image"])
+    assert not any(verb in stills for verb in verbs)
 
 
 # ---------------------------------------------------------------------------------------------------------- unreadable
@@ -309,11 +329,12 @@ def test_few_unreadable_clips_are_left_out_and_listed(folder):
     (folder / "v07.mp4").write_bytes(broken((folder / "v07.mp4").read_bytes(), "garbage inside"))
     source = FolderSource(folder, fps=8, frames=17, height=16, width=16)
     assert [line.split(":")[0] for line in source.unreadable] == ["v03.mp4"]
-    items = [source.read(index) for index in range(len(source))]
-    assert [item["source"] for item in items if item is not None] == [
+    items = source.batch(range(len(source)))
+    assert [item["source"] for item in items if not isinstance(item, str)] == [
         "a.webm@0", "c.PNG", "cats/b.mp4@0", *(f"v{i:02}.mp4@0" for i in range(39) if i not in (3, 7))
     ]  # fmt: skip
     assert [line.split(":")[0] for line in source.unreadable] == ["v03.mp4", "v07.mp4@0"]
+    assert [item for item in items if isinstance(item, str)] == source.unreadable[1:]
 
 
 def test_many_unreadable_files_are_refused(folder):

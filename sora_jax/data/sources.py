@@ -1,30 +1,62 @@
-"""Clips of a folder of your own, as frames with captions: what `sora-jax encode FOLDER` reads."""
+"""Clips as frames with captions, from a folder of your own or from the procedural world: what is encoded to latents.
+
+A source has a length, `batch(indices)` and an `identity`. `batch` gives for each clip a dict
+
+    frames          uint8 [T, H, W, 3]; T = 1 + step k, and T = 1 for an image
+    captions        alternatives for the whole clip
+    captions_image  alternatives for its first frame alone; may be empty
+    fps             frames a second
+    source          where it comes from: "cats/a.mp4@17", "world/train/0/17"
+
+or, as a string, why the clip had to be left out.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from sora_jax.data.captions import Captioned, read_folder
 from sora_jax.data.clips import ClipRef, Window, cut_video, exact_rate
 from sora_jax.data.video_io import IMAGE_SUFFIXES, UnreadableError
+from sora_jax.data.world import Mix, WorldSource, shot_captions
 from sora_jax.errors import UserError
+from sora_jax.shapes import Extent
 
 MAX_UNREADABLE_SHARE = 0.05
+_CAPTIONS = 0x4C415445  # keeps these captions apart from those that the world's own source draws
+
+
+@runtime_checkable
+class Clips(Protocol):
+    """What can be encoded."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for two sources to have the same clips (but for how many), as JSON."""
+        ...
+
+    @property
+    def extent(self) -> Extent:
+        """(frames, height, width) of the longest clips; the others are shorter, and as high and wide."""
+        ...
+
+    def batch(self, indices: Sequence[int]) -> list[dict[str, Any] | str]: ...
 
 
 class FolderSource:
-    """The clips of all videos and images in a folder, by number; each item is a dict:
+    """The clips of all videos and images in a folder.
 
-      frames    uint8 [T, height, width, 3], T = 1 + step k <= `frames`, at `fps` frames a second; images have T = 1
-      captions  those of the video or image
-      fps       the rate
-      source    its name in the folder, and for a video the number of its first frame: "cats/a.mp4@17"
-
-    Videos are sampled by their timestamps, cut into consecutive windows, scaled to cover and cropped; nothing is padded
-    or stretched. A caption holds for all windows of its video.
+    Videos are sampled at `fps` by their timestamps, cut into consecutive windows of at most `frames` frames, scaled to
+    cover (height, width) and cropped; nothing is padded or stretched. A caption holds for all windows of its video.
 
     What cannot be decoded is left out and listed in `unreadable`; more than 5 % of it raise `UserError`. Videos too
     short for one clip are left out and listed in `too_short`.
@@ -78,28 +110,36 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._clips)
 
+    @property
+    def extent(self) -> Extent:
+        return Extent(self.frames, self.height, self.width)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Clip `index`. Raises `UnreadableError`."""
         media, clip = self._clips[index]
+        still = clip.timing is None
         return {
             "frames": clip.read(self.fps, height=self.height, width=self.width),
             "captions": list(media.captions),
+            "captions_image": list(media.captions) if still else [],  # what a video's caption tells may come later
             "fps": self.fps,
             "source": self._name(index),
         }
 
-    def read(self, index: int) -> dict[str, Any] | None:
-        """Clip `index`, or None when it cannot be decoded, which is then listed."""
+    def batch(self, indices: Sequence[int]) -> list[dict[str, Any] | str]:
+        return [self._read(index) for index in indices]
+
+    def _read(self, index: int) -> dict[str, Any] | str:
         try:
             return self[index]
         except UnreadableError as error:
-            self.unreadable.append(f"{self._name(index)}: {error}")
-            self._refuse_many_unreadable(len(self._clips) + len(self.unreadable))
-            return None
+            reason = f"{self._name(index)}: {error}"
+        self.unreadable.append(reason)
+        self._refuse_many_unreadable(len(self._clips) + len(self.unreadable))
+        return reason
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be equal for two sources to have the same clips, as JSON."""
         listing = hashlib.sha256()
         for index, (media, clip) in enumerate(self._clips):
             listing.update(repr((self._name(index), clip.window.length, media.captions)).encode())
@@ -124,3 +164,58 @@ class FolderSource:
                 f"{len(bad)} of {total} files or clips in {self.path} cannot be read, more than the "
                 f"{MAX_UNREADABLE_SHARE:.0%} that may be left out: {listing}"
             )
+
+
+class WorldClips:
+    """Clips of the procedural world, each with several captions: 4 short and 2 dense ones of the clip, and of its first
+    frame 2 short ones and a dense one."""
+
+    def __init__(
+        self,
+        clips: int,
+        *,
+        seed: int = 0,
+        split: str = "train",
+        frames: int = 17,
+        height: int = 64,
+        width: int = 64,
+        mix: Mix | None = None,
+    ):
+        if clips < 1:
+            raise UserError(f"a world has at least 1 clip, not {clips}")
+        self._world = WorldSource(seed, clips, split, frames=frames, height=height, width=width, mix=mix or Mix())
+
+    def __len__(self) -> int:
+        return len(self._world)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        world = self._world
+        return {
+            "world": world.split,
+            "seed": world.seed,
+            "frames": world.frames,
+            "height": world.height,
+            "width": world.width,
+            "mix": dataclasses.asdict(world.mix),
+        }
+
+    @property
+    def extent(self) -> Extent:
+        return Extent(self._world.frames, self._world.height, self._world.width)
+
+    def batch(self, indices: Sequence[int]) -> list[dict[str, Any] | str]:
+        return [self._captioned(item) for item in self._world.batch(indices)]
+
+    def _captioned(self, item: dict[str, Any]) -> dict[str, Any]:
+        scene = item["scene"]
+        rng = np.random.default_rng((_CAPTIONS, scene.seed, scene.index))
+        short, dense = zip(*(shot_captions(scene.shot, rng) for _ in range(4)), strict=True)
+        short_still, dense_still = zip(*(shot_captions(scene.shot, rng, image=True) for _ in range(2)), strict=True)
+        return {
+            "frames": item["frames"],
+            "captions": [*short, *dense[:2]],
+            "captions_image": [*short_still, dense_still[0]],
+            "fps": float(item["fps"]),
+            "source": f"world/{self._world.split}/{scene.seed}/{scene.index}",
+        }

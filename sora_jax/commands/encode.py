@@ -1,0 +1,145 @@
+"""`sora-jax encode`: clips through an autoencoder, once, into a cache that training reads."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from sora_jax.data.sources import FolderSource, WorldClips
+    from sora_jax.training.encoding import Progress
+
+HELP = "encode clips to a cache of latents for training; goes on where it stopped"
+EXAMPLES = """
+    sora-jax encode world --clips 100000 --out latents/world
+    sora-jax encode my_videos --out latents/mine --height 128 --width 192 --fps 8
+    sora-jax encode world --split heldout --clips 256 --out gs://bucket/heldout --autoencoder runs/autoencoder
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="world|FOLDER",
+        help="the procedural world, or a folder of videos and images with a metadata.csv (path,text) or captions "
+        "beside them (cat.mp4, cat.txt); write ./world for a folder of that name",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder or URL of the cache; made, or gone on with")
+    parser.add_argument(
+        "--autoencoder", default="world", metavar="MODEL", help="a shipped name, model folder or workdir (world)"
+    )
+    parser.add_argument("--frames", type=int, default=17, metavar="N", help="most frames of a clip, 1 + 4k (17)")
+    parser.add_argument("--height", type=int, default=64, metavar="PIXELS", help="of the clips (64)")
+    parser.add_argument("--width", type=int, default=64, metavar="PIXELS", help="of the clips (64)")
+    parser.add_argument("--fps", type=float, metavar="RATE", help="a folder's videos are sampled at this rate (8)")
+    parser.add_argument("--clips", type=int, metavar="N", help="how many clips of the world")
+    parser.add_argument("--seed", type=int, metavar="N", help="which clips of the world (0)")
+    parser.add_argument(
+        "--split", metavar="train|heldout", help="of the world: combinations for training, or never in it"
+    )
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="clips encoded at once (16)")
+    parser.add_argument("--shard-size", type=int, default=1024, metavar="N", help="clips in a file of the cache (1024)")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="that read or render ahead (2)")
+    parser.add_argument(
+        "--dtype", default="float32", metavar="DTYPE", help="to compute in: float32, or bfloat16, faster and coarser"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    _check_world_flags(args)
+
+    from sora_jax.runtime import compute_dtype
+    from sora_jax.training.encoding import encode_clips
+    from sora_jax.training.pretrained import load_autoencoder
+
+    dtype = compute_dtype(args.dtype)
+    config, params = load_autoencoder(args.autoencoder)
+    source = _source(args, config.stride.time)
+    left_out = list(getattr(source, "unreadable", []))
+    too_short = list(getattr(source, "too_short", []))
+    with _progress(f"encode {args.source}") as progress:
+        encoded = encode_clips(
+            source,
+            config,
+            params,
+            args.out,
+            name=args.autoencoder,
+            batch_size=args.batch_size,
+            clips_per_shard=args.shard_size,
+            dtype=dtype,
+            threads=args.threads,
+            progress=progress,
+        )
+    left_out += encoded.left_out
+    for kind, names in (("could not be read", left_out), ("too short", too_short)):
+        for name in names:
+            print(f"left out, {kind}: {name}", file=sys.stderr)
+    rate = encoded.made / max(encoded.seconds, 1e-9)
+    if not args.json:
+        print(f"{args.out}: {encoded.clips} clips, {encoded.made} of them now, {rate:.1f} clips/s")
+    return {
+        "path": args.out,
+        "clips": encoded.clips,
+        "made": encoded.made,
+        "left_out": left_out,
+        "too_short": too_short,
+        "seconds": encoded.seconds,
+        "clips_per_second": rate,
+    }
+
+
+def _check_world_flags(args: argparse.Namespace) -> None:
+    world = args.source == "world"
+    for flag, value, wanted in (
+        ("--clips", args.clips, world),
+        ("--seed", args.seed, world),
+        ("--split", args.split, world),
+        ("--fps", args.fps, not world),
+    ):
+        if value is not None and not wanted:
+            what = "the world, and this is a folder" if not world else "a folder, and the world has 8 frames a second"
+            raise UserError(f"{flag} is for {what}")
+    if world and args.clips is None:
+        raise UserError("how many clips of the world? give --clips, say --clips 100000")
+    if args.split not in (None, "train", "heldout"):
+        raise UserError(f'the world has no split "{args.split}"; known: heldout, train')
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, not {args.seed}")
+
+
+def _source(args: argparse.Namespace, step: int) -> WorldClips | FolderSource:
+    from sora_jax.data.sources import FolderSource, WorldClips
+
+    size = {"frames": args.frames, "height": args.height, "width": args.width}
+    if args.source == "world":
+        return WorldClips(args.clips, seed=args.seed or 0, split=args.split or "train", **size)
+    return FolderSource(args.source, fps=8.0 if args.fps is None else args.fps, step=step, **size)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Progress]:
+    """A bar on a terminal; in a log a line for every tenth."""
+    if not sys.stderr.isatty():
+        said = -1
+
+        def say(done: int, total: int) -> None:
+            nonlocal said
+            if (tenth := 10 * done // total) > said:
+                said = tenth
+                print(f"{title}: {done} of {total} clips", file=sys.stderr, flush=True)
+
+        yield say
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

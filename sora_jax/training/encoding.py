@@ -1,0 +1,186 @@
+"""Clips through the autoencoder into a latent cache: what `sora-jax encode` does, and training on first need."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt8
+
+from sora_jax import sharding
+from sora_jax.data.latents import CacheInfo, LatentRecord, LatentWriter
+from sora_jax.data.sources import MAX_UNREADABLE_SHARE, Clips
+from sora_jax.errors import UserError
+from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from sora_jax.shapes import latent_extent
+
+Batch = list[dict[str, Any] | str]  # clips, or why they are left out (`data.sources`)
+Progress = Callable[[int, int], None]  # clips done, of how many
+
+
+class Encoded(NamedTuple):
+    """What is in the cache after encoding."""
+
+    clips: int
+    made: int  # of these, by this run
+    left_out: tuple[str, ...]  # clips that could not be read, and why
+    seconds: float
+
+
+def autoencoder_hash(config: AutoencoderConfig, params: nnx.State) -> str:
+    """SHA-256 of the config and of every parameter's name and float32 bytes: equal for equal latents only."""
+    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
+    for path, variable in sorted(nnx.to_flat_state(params), key=lambda item: list(map(str, item[0]))):
+        digest.update(".".join(map(str, path)).encode())
+        digest.update(np.ascontiguousarray(variable.get_value(), np.float32).tobytes())
+    return digest.hexdigest()
+
+
+def encode_clips(
+    source: Clips,
+    config: AutoencoderConfig,
+    params: nnx.State,
+    out: str | os.PathLike[str],
+    *,
+    name: str,
+    batch_size: int = 16,
+    clips_per_shard: int = 1024,
+    dtype: DTypeLike = jnp.float32,
+    threads: int = 2,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+) -> Encoded:
+    """Write the normalised latents (posterior means) of all clips of `source` to the cache `out`; goes on with one that
+    was cut short. `name` is the autoencoder's, for people.
+
+    Batches have `batch_size` clips (rounded up to the devices of `mesh`, by default all), split over the devices, while
+    `threads` read or render the next ones. One program encodes all videos and one all images: a clip shorter than the
+    longest is filled up at its end, which a causal autoencoder does not see, and cut again.
+
+    Raises `UserError` when `out` holds latents of another autoencoder or source, when clips do not fit the
+    autoencoder, or when more than 5 % of the clips cannot be read.
+    """
+    if batch_size < 1 or threads < 1:
+        raise UserError(f"a batch has at least 1 clip and is read by 1 thread, not {batch_size} and {threads}")
+    latent_extent(source.extent, config.stride)  # before anything is written
+    started = time.monotonic()
+    info = CacheInfo(name, autoencoder_hash(config, params), config.stride, config.z_dim, source.identity)
+    total = len(source)
+    writer = LatentWriter(out, info, clips=total, clips_per_shard=clips_per_shard)
+    before, done = writer.count, writer.done
+    encoder = _Encoder(config, params, mesh or sharding.make_mesh(), source.extent.frames, batch_size, jnp.dtype(dtype))
+    if progress is not None:
+        progress(done, total)
+    for shard in writer.missing():
+        starts = range(shard.start, shard.stop, batch_size)
+        batches = [range(start, min(start + batch_size, shard.stop)) for start in starts]
+        with writer.shard(shard) as file:
+            for batch, latents in encoder.run(_read_ahead(source, batches, threads)):
+                for clip in batch:
+                    if isinstance(clip, str):
+                        file.skip(clip)
+                    else:
+                        file.add(_record(clip, latents.pop(0)))
+                done += len(batch)
+                if progress is not None:
+                    progress(done, total)
+        if len(writer.skipped) > MAX_UNREADABLE_SHARE * total:  # those of earlier runs included
+            raise UserError(
+                f"{len(writer.skipped)} of {total} clips cannot be read, more than the {MAX_UNREADABLE_SHARE:.0%} "
+                f"that may be left out: {'; '.join(writer.skipped[:5])}"
+            )
+    return Encoded(writer.count, writer.count - before, tuple(writer.skipped), time.monotonic() - started)
+
+
+def _record(clip: dict[str, Any], latents: np.ndarray) -> LatentRecord:
+    return LatentRecord(
+        latents=latents,
+        captions=tuple(clip["captions"]),
+        captions_image=tuple(clip["captions_image"]),
+        fps=clip["fps"],
+        source=clip["source"],
+        pixels=clip["frames"].shape[:3],
+    )
+
+
+def _read_ahead(source: Clips, batches: Sequence[Sequence[int]], threads: int) -> Iterator[Batch]:
+    """The batches in order, read by threads that are up to two batches each ahead."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="read-clips") as pool:
+        waiting: collections.deque[Future[Batch]] = collections.deque()
+        try:
+            for batch in batches:
+                waiting.append(pool.submit(source.batch, batch))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _encode(
+    graphdef: nnx.GraphDef, params: nnx.State, video: UInt8[Array, "B T H W 3"], dtype: jnp.dtype
+) -> Float[Array, "B F h w C"]:
+    model = nnx.merge(graphdef, params)
+    mean = model.encode((video.astype(jnp.float32) / 127.5 - 1.0).astype(dtype)).mean
+    return model.normalize(mean.astype(jnp.float32)).astype(jnp.float16)
+
+
+class _Encoder:
+    """Batches of clips -> latents, by one program for videos of `frames` frames and one for images."""
+
+    def __init__(
+        self, config: AutoencoderConfig, params: nnx.State, mesh: Mesh, frames: int, batch_size: int, dtype: jnp.dtype
+    ):
+        self._graphdef = nnx.split(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))), graph=False)[0]
+        self._dtype = dtype
+        self._params = jax.device_put(params, sharding.replicated(mesh))
+        self._place = sharding.batch_sharding(mesh)
+        self._rows = -(-batch_size // mesh.size) * mesh.size
+        self._frames, self._stride = frames, config.stride.time
+
+    def run(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[np.ndarray]]]:
+        """Each batch with the latents `[F, h, w, C]`, float16, of its clips; the device works on the one after it."""
+        waiting: tuple[Batch, list[tuple[int, int, jax.Array]]] | None = None
+        for batch in batches:
+            sent = batch, self._start([clip["frames"] for clip in batch if isinstance(clip, dict)])
+            if waiting is not None:
+                yield waiting[0], self._finish(waiting[1])
+            waiting = sent
+        if waiting is not None:
+            yield waiting[0], self._finish(waiting[1])
+
+    def _start(self, videos: list[np.ndarray]) -> list[tuple[int, int, jax.Array]]:
+        """For each video its row and its number of latents in an array that is being computed."""
+        sent: dict[int, list[int]] = collections.defaultdict(list)  # length of a program's videos -> which
+        for number, video in enumerate(videos):
+            sent[1 if len(video) == 1 else self._frames].append(number)
+        result: dict[int, tuple[int, int, jax.Array]] = {}
+        for frames, numbers in sent.items():
+            pixels = np.zeros((self._rows, frames, *videos[0].shape[1:]), np.uint8)
+            for row, number in enumerate(numbers):
+                video = videos[number]
+                pixels[row, : len(video)], pixels[row, len(video) :] = video, video[-1]
+            latents = _encode(self._graphdef, self._params, jax.device_put(pixels, self._place), self._dtype)
+            for row, number in enumerate(numbers):
+                result[number] = row, 1 + (len(videos[number]) - 1) // self._stride, latents
+        return [result[number] for number in range(len(videos))]
+
+    def _finish(self, sent: list[tuple[int, int, jax.Array]]) -> list[np.ndarray]:
+        computed = {id(array): np.asarray(array) for _, _, array in sent}
+        return [computed[id(array)][row, :length] for row, length, array in sent]
