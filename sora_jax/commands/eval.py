@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="which prompts, and the first video's seed (0)"
     )
+    parser.add_argument("--frames", type=int, metavar="T", help="of each video, 9 or more (the model's)")
     parser.add_argument("--steps", type=int, metavar="N", help="solver steps (the model's)")
     parser.add_argument("--guidance", type=float, metavar="W", help="how strongly the prompt is followed (the model's)")
     parser.add_argument("--solver", metavar="NAME", help="euler, heun or unipc (the model's)")
@@ -61,7 +62,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _world(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     from sora_jax.evaluation.suite import evaluate
 
-    settings = {name: getattr(args, name) for name in ("steps", "guidance", "solver")}
+    frames = pipe.extent(args.frames).frames
+    if frames < 9:
+        raise UserError(f"motion cannot be judged in {frames} frames; ask for --frames 9 or more")
+    settings = {name: getattr(args, name) for name in ("frames", "steps", "guidance", "solver")}
 
     def make(prompts: list[str], seeds: list[int]) -> np.ndarray:
         videos = pipe.sample(prompts, seed=seeds, batch_size=args.batch_size, **settings)

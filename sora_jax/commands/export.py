@@ -27,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL|WORKDIR", help="a shipped name, a model folder or URL, or a workdir")
     parser.add_argument("out", metavar="OUT", help="folder or URL to write, in the layout of diffusers")
     parser.add_argument(
-        "--dtype", default="float32", metavar="DTYPE", help="of the weights: float32, or bfloat16 at half the size"
+        "--dtype",
+        dest="stored_dtype",  # args.dtype is what a command computes in
+        default="float32",
+        metavar="DTYPE",
+        help="of the weights: float32, or bfloat16 at half the size",
     )
     parser.add_argument("--name", metavar="NAME", help="the model's name and version (default: that of OUT)")
     parser.add_argument("--evaluation", metavar="FILE", help="output of eval --json, for the model card")
@@ -36,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.dtype not in ("float32", "bfloat16"):
-        raise UserError(f'weights cannot be written as "{args.dtype}"; known: bfloat16, float32')
+    if args.stored_dtype not in ("float32", "bfloat16"):
+        raise UserError(f'weights cannot be written as "{args.stored_dtype}"; known: bfloat16, float32')
     evaluation = _read_evaluation(args.evaluation) if args.evaluation else {}
 
     from etils import epath
@@ -53,8 +57,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     facts = {**defaults.card, "figures": {**defaults.card.get("figures", {}), **evaluation}}
     defaults = dataclasses.replace(defaults, version=args.name or out.name, card=facts)
     model = dataclasses.replace(model, defaults=defaults)
-    save_folder(out, model, dtype=args.dtype, card=model_card(model), overwrite=args.force)
-    size = sum(file.stat().length for file in out.rglob("*") if not file.is_dir())
+    save_folder(out, model, dtype=args.stored_dtype, card=model_card(model), overwrite=args.force)
+    files = [file for pattern in ("*", "*/*") for file in out.glob(pattern) if not file.is_dir()]
+    size = sum(file.stat().length for file in files)
     if not args.json:
         print(f"{args.out}: {defaults.version}, {count(model) / 1e6:.1f} M parameters, {size / 1e6:.1f} MB")
     return {"path": args.out, "name": defaults.version, "parameters": count(model), "bytes": size}

@@ -1,0 +1,272 @@
+"""Commands beside `sample`: export, eval and bench, and the warning about words that a model never read."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax import cli
+from sora_jax.commands import sample
+from sora_jax.data.world.words import world_prompts, world_words
+from sora_jax.pipeline import Pipeline, Video
+from sora_jax.record import Record
+from sora_jax.vocabulary import nearest_prompt, unknown_words, words_of
+
+
+def run(capsys, *argv: object) -> tuple[int, str, list[str]]:
+    """Exit code, stdout, and the lines of stderr."""
+    code = cli.main([str(word) for word in argv])
+    out, err = capsys.readouterr()
+    return code, out, err.splitlines()
+
+
+def size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+# ---------------------------------------------------------------------------------------------------------- export
+
+
+def test_export_keeps_every_weight(tmp_path, capsys, tiny_model):
+    code, out, _ = run(capsys, "export", tiny_model, tmp_path / "mine-2", "--json")
+    assert code == 0
+    document = json.loads(out)
+    before, after = Pipeline.load(tiny_model).folder, Pipeline.load(tmp_path / "mine-2").folder
+    leaves = 0
+    for name in ("transformer", "autoencoder", "text_encoder"):
+        for a, b in zip(jax.tree.leaves(getattr(before, name)), jax.tree.leaves(getattr(after, name)), strict=True):
+            np.testing.assert_array_equal(a, b)
+            leaves += a.size
+    assert document["parameters"] == leaves
+    assert document["bytes"] == size(tmp_path / "mine-2")
+    assert after.defaults.version == "mine-2"
+
+
+def test_export_in_half_precision_is_half_the_size(tmp_path, capsys, tiny_model):
+    assert run(capsys, "export", tiny_model, tmp_path / "half", "--dtype", "bfloat16")[0] == 0
+    (full,), (half,) = (list((path / "vae").glob("*.safetensors")) for path in (tiny_model, tmp_path / "half"))
+    assert half.stat().st_size < 0.75 * full.stat().st_size  # names and shapes are not halved
+
+
+def test_the_model_card_shows_what_was_measured(tmp_path, capsys, tiny_model):
+    metrics = {"color": {"value": 0.925, "low": 0.88, "high": 0.95}}
+    (tmp_path / "eval.json").write_text(json.dumps({"suite": "world", "n": 200, "metrics": metrics}))
+    flags = ("--name", "ball-3", "--evaluation", tmp_path / "eval.json")
+    assert run(capsys, "export", tiny_model, tmp_path / "out", *flags)[0] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# ball-3" in card
+    assert "| color | 0.925 | 0.88 to 0.95 |" in card
+    assert "## Licence" in card
+
+
+def test_export_does_not_overwrite_unasked(tmp_path, capsys, tiny_model):
+    target = tmp_path / "out"
+    assert run(capsys, "export", tiny_model, target)[0] == 0
+    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    code, _, err = run(capsys, "export", tiny_model, target, "--name", "other")
+    assert code == 2
+    assert "--force overwrites it" in err[-1]
+    assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
+    assert run(capsys, "export", tiny_model, target, "--name", "other", "--force")[0] == 0
+    assert Pipeline.load(target).name == "other"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dtype", "int8"], 'weights cannot be written as "int8"'),
+        (["--evaluation", "none.json"], "none.json does not exist"),
+        (["--evaluation", __file__], "is not what sora-jax eval --json prints"),
+    ],
+)
+def test_export_mistakes_are_one_line(tmp_path, capsys, tiny_model, flags, message):
+    code, out, err = run(capsys, "export", tiny_model, tmp_path / "out", *flags)
+    assert (code, out) == (2, "")
+    assert message in err[-1]
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- a run
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, tiny_model) -> Path:
+    """A diffusion run of the tiny model with one checkpoint, as the loop leaves it."""
+    from sora_jax import config as configs
+    from sora_jax.bench.programs import training_program
+    from sora_jax.sharding import make_mesh
+    from sora_jax.training.checkpoint import Checkpoints
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    model = Pipeline.load(tiny_model).folder
+    config = configs.override(
+        configs.Config(transformer=model.transformer_config, text_encoder=model.text_encoder_config),
+        [
+            *("train.batch_size=1", "data.row_tokens=8", "data.row_text=64", "data.groups=2", "optimizer.name=adamw"),
+            *(f"data.autoencoder={tiny_model}", "sample.frames=5", "sample.height=16", "sample.width=16"),
+        ],
+    )
+    program = training_program(config, make_mesh({"data": 1}, jax.devices()[:1]), jnp.dtype("float32"))
+    draw = np.random.default_rng(0)
+
+    def value(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        return jax.device_put(draw.standard_normal(leaf.shape).astype(leaf.dtype), leaf.sharding)
+
+    state = jax.tree.map(value, program.state)
+    folder.mkdir()
+    (folder / "config.json").write_text(configs.to_json(config))
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 5, "validation_loss": 0.5}\n{"step": 9, "validation_loss": 0.4}\n{"st'
+    )
+    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints.save(7, state, {"config": configs.to_dict(config), "batches": {}, "averages": {}})
+    checkpoints.close()
+    return folder
+
+
+def test_a_run_is_a_model(tmp_path, capsys, workdir, tiny_model):
+    """With the autoencoder it was trained on; exported, it is the same."""
+    assert run(capsys, "export", workdir, tmp_path / "out", "--json")[0] == 0
+    pipe, exported, encoder = (Pipeline.load(path) for path in (workdir, tmp_path / "out", tiny_model))
+    assert pipe.name == "tiny-7"
+    assert pipe.extent() == (5, 16, 16)
+    assert pipe.folder.tokenizer.max_length == 64
+    for name, other in (("transformer", exported), ("text_encoder", exported), ("autoencoder", encoder)):
+        ours, theirs = (jax.tree.leaves(getattr(each.folder, name)) for each in (pipe, other))
+        assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| validation_loss | 0.5 |" in card  # of the last validation before the checkpoint
+    assert "## Prompts it knows" in card
+
+
+def test_an_autoencoder_alone_is_no_model(capsys, tmp_path, workdir):
+    import shutil
+
+    shutil.copytree(workdir, tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    config["train"]["stage"] = "autoencoder"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    code, _, err = run(capsys, "sample", "a red ball", "--model", tmp_path / "run", "--out", tmp_path / "a.mp4")
+    assert code == 2
+    assert "Traceback" not in "".join(err)
+
+
+# ---------------------------------------------------------------------------------------------------------- eval, bench
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["eval", "--suite", "wolrd"], 'unknown suite "wolrd"'),
+        (["eval", "--n", "0"], "--n and --batch-size must be >= 1"),
+        (["bench", "loadr"], 'unknown row "loadr"; did you mean "loader"?'),
+        (["bench", "loader", "--model", "wrold"], 'did you mean "world"?'),
+    ],
+)
+def test_mistakes_are_one_line(capsys, argv, message):
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (2, "")
+    assert message in err[-1]
+
+
+def test_eval_of_noise_finds_no_objects(capsys, tiny_model, monkeypatch):
+    asked = []
+
+    def noise(self: Pipeline, prompts: list[str], *, seed: list[int], frames: int, **settings: object) -> list[Video]:
+        asked.append((len(prompts), seed, settings["steps"]))
+        record = Record(prompt="", seed=0, model="noise")
+        draw = np.random.default_rng(seed)
+        return [Video(draw.integers(0, 256, (frames, 64, 64, 3)).astype(np.uint8), 8.0, record) for _ in prompts]
+
+    monkeypatch.setattr(Pipeline, "sample", noise)
+    flags = ("--n", 5, "--batch-size", 3, "--frames", 9, "--steps", 4, "--json")
+    code, out, _ = run(capsys, "eval", "--model", tiny_model, *flags)
+    assert code == 0
+    document = json.loads(out)
+    assert (document["suite"], document["n"], document["model"]) == ("world", 5, "tiny-1")
+    assert document["metrics"]["all"]["value"] == 0
+    assert all(metric["low"] <= metric["value"] <= metric["high"] for metric in document["metrics"].values())
+    assert asked == [(3, [0, 1, 2], 4), (2, [3, 4], 4)]
+
+
+def test_eval_of_an_autoencoder_that_keeps_one_frame(capsys, tiny_model, monkeypatch):
+    monkeypatch.setattr(Pipeline, "encode", lambda self, video: video)
+    monkeypatch.setattr(Pipeline, "decode", lambda self, video: np.repeat(video[:, :1], video.shape[1], axis=1))
+    code, out, _ = run(capsys, "eval", "--suite", "reconstruction", "--model", tiny_model, "--n", 3, "--json")
+    assert code == 0
+    metrics = json.loads(out)["metrics"]
+    # Such an autoencoder is the baseline itself.
+    assert metrics["psnr"]["value"] == metrics["copy_psnr"]["value"]
+    assert metrics["ssim"]["value"] == metrics["copy_ssim"]["value"]
+
+
+def test_eval_refuses_clips_too_short_to_show_motion(capsys, tiny_model):
+    code, _, err = run(capsys, "eval", "--model", tiny_model)
+    assert code == 2
+    assert "motion cannot be judged in 5 frames" in err[-1]
+
+
+def test_bench_reports_in_its_schema(capsys, tiny_model):
+    code, out, _ = run(capsys, "bench", "world-render", "--model", tiny_model, "--json")
+    assert code == 0
+    (row,) = json.loads(out)["rows"]
+    assert list(row) == ["name", "seconds", "reference", "reference_seconds", "peak_bytes"]
+    assert row["name"] == "world-render"
+    assert 0 < row["seconds"] < 60
+    assert row["peak_bytes"] > 10 * 2**20  # an interpreter with numpy is not smaller
+
+
+def test_every_bench_row_is_described_and_measurable():
+    from sora_jax.bench import rows
+    from sora_jax.commands import bench
+
+    assert {name for name in bench.ROWS if not name.startswith("first-video")} == set(rows.ROWS)
+
+
+# ---------------------------------------------------------------------------------------------------------- words
+
+
+def test_words_that_were_never_read_are_named_once_with_the_nearest_prompt():
+    card = {"words": ["a", "red", "ball", "bounces", "on", "the", "floor", "falls"]}
+    card["prompts"] = ["a ball falls", "a red ball bounces on the floor"]
+    jobs = [
+        sample.Job(prompt, None, 0, "x") for prompt in ("a red dragon bounces on the floor", "a Ball flies, flies!")
+    ]
+    with pytest.warns(UserWarning, match="never read") as caught:
+        sample.warn_of_unknown_words(jobs, "world-1", card)
+    (warning,) = caught
+    text = str(warning.message)
+    assert text.startswith('world-1 has never read "dragon", "flies"')
+    assert '"a red ball bounces on the floor"' in text
+
+
+def test_no_warning_where_all_is_known_or_nothing_is_said():
+    jobs = [sample.Job("a red ball", None, 0, "x")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample.warn_of_unknown_words(jobs, "world-1", {"words": ["a", "red", "ball"]})
+        sample.warn_of_unknown_words(jobs, "open-model", {})
+
+
+def test_words_of_a_text():
+    assert words_of("Two balls, up-left; it's fine.") == ["two", "balls", "up-left", "it's", "fine"]
+    assert unknown_words("grün Ball ball", ["ball"]) == ["grün"]
+    assert nearest_prompt("anything", []) is None
+
+
+def test_the_world_knows_its_own_prompts():
+    from sora_jax.data.world import COLORS, SHAPES, prompts
+
+    words = world_words(500)
+    assert set(COLORS) <= set(words)
+    assert {shape if shape != "circle" else "ball" for shape in SHAPES} <= set(words)
+    assert not [prompt for prompt in world_prompts(50) if unknown_words(prompt, words)]
+    assert not [p.text for p in prompts(100, 3, split="heldout") if unknown_words(p.text, words)]
