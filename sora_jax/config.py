@@ -244,12 +244,12 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 # ------------------------------------------------------------------------------------------------------ keys and types
 
 
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
-def _known_keys(cls: type = Config, prefix: str = "") -> list[str]:
+def _known_keys(cls: Any = Config, prefix: str = "") -> list[str]:
     keys = []
     for name, hint in _hints(cls).items():
         keys += _known_keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]

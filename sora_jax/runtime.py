@@ -106,7 +106,7 @@ def enable_compile_cache() -> str:
     """
     import jax
 
-    chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.jax_compilation_cache_dir
+    chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if chosen:
         return chosen
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -123,7 +123,6 @@ def test_overrides_are_taken_in_both_spellings():
         (["sample", "a", "a"], "two videos would be written to a-0.mp4"),
         (["sample", PROMPT, "--out", "/proc/none/a.mp4"], "/proc/none/a.mp4 cannot be written"),
         (["sample", PROMPT, "--scale", "0"], "--scale must be a whole number >= 1"),
-        (["sample", PROMPT, "--mesh", "fsdp"], '"fsdp" is not AXIS=NUMBER'),
         (["sample", PROMPT, "--dtype", "float23"], 'unknown dtype "float23"; did you mean "float32"?'),
         (["sample", PROMPT, "--image", "none.png"], "none.png does not exist"),
         (["sample", "--like", "none.mp4"], "none.mp4 does not exist"),

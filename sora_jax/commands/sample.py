@@ -22,7 +22,7 @@ from sora_jax.vocabulary import nearest_prompt, unknown_words
 if TYPE_CHECKING:
     import numpy as np
 
-    from sora_jax.pipeline import Pipeline, Progress, Video
+    from sora_jax.pipeline import Progress, Video
     from sora_jax.record import Record
 
 HELP = "make videos from prompts"
@@ -44,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--negative-prompt", metavar="TEXT", help="what it should not show")
     what.add_argument("--image", metavar="FILE", help="the first frame")
-    what.add_argument("--last-image", metavar="FILE", help="the last frame")
     what.add_argument("--like", metavar="FILE", help="take prompt and settings from a file that this command wrote")
     size = parser.add_argument_group("size (default: what the model was trained for)")
     size.add_argument("--frames", type=int, metavar="T", help="1 + 4k")
@@ -62,7 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-videos", type=int, default=1, metavar="N", help="of each prompt, with seeds SEED, SEED + 1 ..."
     )
     how.add_argument("--dtype", metavar="DTYPE", default="auto", help="auto, float32 or bfloat16")
-    how.add_argument("--mesh", metavar="AXIS=N,...", help="spread over devices, as in fsdp=4,sequence=2")
     files = parser.add_argument_group("files")
     files.add_argument(
         "-o",
@@ -97,10 +95,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.fps is not None and not 0 < args.fps <= 1000:
         raise UserError(f"--fps must lie in (0, 1000], not {args.fps:g}")
     given = _given_files(args, like)
-    images = {role: _read_image(file) for role, file in given.items()}
+    images: dict[str, Any] = {role: _read_image(file) for role, file in given.items()}
 
     started = time.perf_counter()
-    pipe = _load(args, like)
+    from sora_jax.pipeline import Pipeline
+
+    pipe = Pipeline.load(args.model or (like.model if like else "world"), dtype=args.dtype)
     seconds = {"load": time.perf_counter() - started, "compile and sample": 0.0, "decode": 0.0, "write": 0.0}
     warn_of_unknown_words(jobs, pipe.name, pipe.folder.defaults.card)
     extent = pipe.extent(**{name: settings.get(name) for name in ("frames", "seconds", "height", "width")})
@@ -244,9 +244,9 @@ def _settings(args: argparse.Namespace, like: Record | None) -> dict[str, Any]:
 
 
 def _given_files(args: argparse.Namespace, like: Record | None) -> dict[str, str]:
-    files = {"image": args.image, "last_image": args.last_image}
-    recorded = like.given if like else {}
-    return {role: file or recorded[role] for role, file in files.items() if file or role in recorded}
+    """The files whose frames are given, by the name of `Pipeline.sample`'s argument."""
+    image = args.image or (like.given.get("image") if like else None)
+    return {"image": image} if image else {}
 
 
 def _read_image(file: str) -> np.ndarray:
@@ -257,14 +257,6 @@ def _read_image(file: str) -> np.ndarray:
     if len(frames) != 1:
         raise UserError(f"{file} holds {len(frames)} frames; a picture is needed here")
     return frames[0]
-
-
-def _load(args: argparse.Namespace, like: Record | None) -> Pipeline:
-    from sora_jax.pipeline import Pipeline
-    from sora_jax.sharding import make_mesh
-
-    options = {"mesh": make_mesh(_mesh_sizes(args.mesh))} if args.mesh else {}
-    return Pipeline.load(args.model or (like.model if like else "world"), dtype=args.dtype, **options)
 
 
 def _record_of(path: str) -> Record:
@@ -288,16 +280,6 @@ def warn_of_unknown_words(jobs: Sequence[Job], model: str, card: Mapping[str, An
         near = nearest_prompt(prompt, card.get("prompts", ()))
         hint = f'; the nearest prompt it knows: "{near}"' if near else ""
         warnings.warn(f"{model} has never read {words}{hint}", stacklevel=2)
-
-
-def _mesh_sizes(text: str) -> dict[str, int]:
-    sizes = {}
-    for part in text.split(","):
-        axis, _, count = part.partition("=")
-        if not count.lstrip("-").isdecimal():
-            raise UserError(f'--mesh: "{part}" is not AXIS=NUMBER, as in fsdp=4,sequence=2')
-        sizes[axis.strip()] = int(count)
-    return sizes
 
 
 def _check_out(out: str, frames: int | None, force: bool) -> None:

@@ -230,6 +230,7 @@ class Autoencoder(nnx.Module):
         self.encoder = Encoder(config, rngs=rngs)
         self.quant_conv = layers.Linear(2 * config.z_dim, 2 * config.z_dim, KERNEL_AXES, rngs=rngs)
         # A fresh posterior is narrow (standard deviation e^-3): unit noise would hide the means it has yet to learn.
+        assert self.quant_conv.bias is not None
         self.quant_conv.bias[...] = jnp.where(jnp.arange(2 * config.z_dim) < config.z_dim, 0.0, -6.0)
         self.post_quant_conv = layers.Linear(config.z_dim, config.z_dim, KERNEL_AXES, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)

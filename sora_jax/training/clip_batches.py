@@ -100,6 +100,7 @@ class _Worker:
         self._thread.start()
 
     def _run(self, number: int) -> None:
+        item: tuple[Any, BaseException | None]
         while not self._stop.is_set():
             try:
                 item = (self._make(number), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,7 @@ class Run(NamedTuple):
 
 def abstract_modules(config: Config) -> dict[str, nnx.State]:
     """The parameters that the stage of `config` trains, as shapes."""
+    make: dict[str, Callable[[], nnx.Module]]
     if config.train.stage == "autoencoder":
         make = {"autoencoder": lambda: Autoencoder(config.autoencoder, rngs=nnx.Rngs(0))}
     else:

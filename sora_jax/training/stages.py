@@ -102,7 +102,7 @@ def diffusion_stage(context: Context) -> Stage:
             f"{transformer.in_channels}"
         )
     tokenizer = ByteTokenizer()
-    loader_options = {
+    loader_options: dict[str, Any] = {
         "tokenize": tokenizer.encode,
         "row_tokens": data.row_tokens,
         "row_text": data.row_text,
