@@ -273,7 +273,7 @@ def _link(blobs: Blobs, frames: int, unit: float) -> list[list[int]]:
     """Chains of patches of one colour: each frame's patches go to the nearest chains, nearest pairs first."""
     chains: list[list[int]] = []
     for t in range(frames):
-        here = np.flatnonzero(blobs.frame == t)
+        here = [int(blob) for blob in np.flatnonzero(blobs.frame == t)]
         pairs = []
         for number, chain in enumerate(chains):
             last = chain[-1]
@@ -286,7 +286,7 @@ def _link(blobs: Blobs, frames: int, unit: float) -> list[list[int]]:
                 if blobs.color[blob] == blobs.color[last]:
                     distance = min(float(np.hypot(*(blobs.centers[blob] - place))) for place in places)
                     if distance < (_GATE + 2.5 * (gap - 1)) * unit:
-                        pairs.append((distance, number, int(blob)))
+                        pairs.append((distance, number, blob))
         used_chains: set[int] = set()
         used_blobs: set[int] = set()
         for _, number, blob in sorted(pairs):
@@ -294,7 +294,7 @@ def _link(blobs: Blobs, frames: int, unit: float) -> list[list[int]]:
                 chains[number].append(blob)
                 used_chains.add(number)
                 used_blobs.add(blob)
-        chains.extend([int(blob)] for blob in here if int(blob) not in used_blobs)
+        chains.extend([blob] for blob in here if blob not in used_blobs)
     return chains
 
 

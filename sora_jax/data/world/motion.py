@@ -124,8 +124,8 @@ def enter(rng: np.random.Generator, stage: Stage, shape: str, radius: float, dir
         margin = outline.reach * radius
         across = _between(rng, margin, (stage.height if horizontal else stage.width) - margin)
     along = along if vector.sum() > 0 else size - along
-    across = np.full(stage.frames, across)
-    centers = np.stack([along, across] if horizontal else [across, along], axis=-1)
+    level = np.full(stage.frames, across)
+    centers = np.stack([along, level] if horizontal else [level, along], axis=-1)
     return Path(centers, np.full(stage.frames, radius), direction=direction)
 
 

@@ -144,7 +144,7 @@ def _ground(shots: Sequence[Shot], height: int, width: int) -> np.ndarray:
     return canvas
 
 
-def _shadows(canvas: np.ndarray, shots: Sequence[Shot], numbers: np.ndarray, layer: int, unit: float) -> None:
+def _shadows(canvas: np.ndarray, shots: Sequence[Shot], numbers: list[int], layer: int, unit: float) -> None:
     """A soft ellipse on the floor under each object, fainter and wider with height; none without a floor."""
     chosen = [n for n in numbers if shots[n].background.kind == "floor"]
     if not chosen:
@@ -236,13 +236,13 @@ def render_shots(shots: Sequence[Shot], height: int, width: int) -> UInt8[np.nda
         video = _ground(part, height, width)
         canvas = video.reshape(-1, height, width, 3)
         layers = max(len(shot.objects) for shot in part)
-        members = [np.flatnonzero([len(shot.objects) > layer for shot in part]) for layer in range(layers)]
+        members = [[n for n, shot in enumerate(part) if len(shot.objects) > layer] for layer in range(layers)]
         for layer in range(layers):
             _shadows(canvas, part, members[layer], layer, unit)
         _pivots(canvas, part, unit)
         for layer in range(layers):
             for shape in SHAPES:
-                numbers = [int(n) for n in members[layer] if part[n].objects[layer].shape == shape]
+                numbers = [n for n in members[layer] if part[n].objects[layer].shape == shape]
                 if numbers:
                     _objects(canvas, part, shape, numbers, layer, unit)
         for frames, shot in zip(video, part, strict=True):
