@@ -39,6 +39,7 @@ MODULES = DiffusionModules(
     transformer=nnx.split(nnx.eval_shape(lambda: Transformer(TRANSFORMER, rngs=nnx.Rngs(0))), graph=False)[0],
     text_encoder=nnx.split(nnx.eval_shape(lambda: TextEncoder(TEXT_ENCODER, rngs=nnx.Rngs(0))), graph=False)[0],
 )
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # half the time to compile
 MESHES = [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"sequence": 8}, {"data": 2, "tensor": 2, "sequence": 2}]
 
 
@@ -100,7 +101,7 @@ def on_mesh(axes: dict[str, int], params: dict, rows: PackedRows) -> Outcome:
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, state_shardings(params, mesh))
         batch = place(rows, mesh)
-        compiled = jax.jit(loss_and_gradients).lower(placed, batch).compile()
+        compiled = jax.jit(loss_and_gradients).lower(placed, batch).compile(QUICK)
         loss, grads = compiled(placed, batch)
     cut = [name for name, leaf in by_name(placed).items() if not leaf.sharding.is_fully_replicated]
     return Outcome(float(loss), {k: np.asarray(v) for k, v in by_name(grads).items()}, cut, compiled.as_text())

@@ -20,6 +20,7 @@ from sora_jax.data.latents import CacheInfo, LatentRecord, LatentWriter
 from sora_jax.training.checkpoint import Checkpoints
 
 STEPS = 24
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # less time to compile
 CONFIG = """
 import ml_collections
 
@@ -59,7 +60,7 @@ def start(home: Path, workdir: Path, *flags: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "sora_jax", "train", "--config", str(home / "tiny.py"), "--workdir", str(workdir)]
     command += [f"--config.data.latents={home / 'latents'}", *flags]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(home / "compiled")}
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": ""}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": QUICK}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
