@@ -138,6 +138,12 @@ def test_rows_are_full_and_nothing_waits_for_long():
         assert not waited or min(waited) in following, "the clip that waited longest comes next"
 
 
+def test_clips_that_wait_keep_their_order():
+    source = [record(i, frames) for i, frames in enumerate([11, 10, 10, 2, 10, 1, 2, 2])]  # of 12 that fit a row
+    with loader(source, shuffle=False, epochs=1, rows=1, row_text=90) as batches:
+        assert [[index for index, _, _ in contents(batch)] for batch in batches] == [[0, 5], [1, 3], [2, 6], [4, 7]]
+
+
 def test_rows_of_like_cost_come_in_one_step():
     def spread(plan_steps):
         """Standard deviation of the costs of rows within a step, averaged over steps."""
@@ -321,7 +327,7 @@ def test_options_that_cannot_be(options, message):
 # -------------------------------------------------------------------------------------------------------------- workers
 
 
-def test_workers_give_the_same_batches_and_die_loudly(cache):
+def test_workers_give_the_same_batches_and_die_loudly(cache, monkeypatch):
     def nosy(text):
         """One more token that says how the process is set up; by value, as users' functions come."""
         quiet = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
@@ -330,12 +336,14 @@ def test_workers_give_the_same_batches_and_die_loudly(cache):
     options = {"rows": 2, "row_tokens": 30, "row_text": 40, "seed": 2, "image_share": 0.3, "caption_dropout": 0.2}
     with make_loader(LatentSource(cache), tokenize=tokenize, **options) as alone:
         expected = [next(alone) for _ in range(12)]
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu,tpu")  # workers must not inherit what the parent runs on
     with make_loader(LatentSource(cache), tokenize=nosy, workers=2, **options) as together:
         for batch in expected:
             found = next(together)
             assert set(found["text_tokens"][found["text_tokens"] >= 300]) == {303}
             found["text_tokens"] = np.where(found["text_tokens"] >= 300, 1, found["text_tokens"])
             assert_same(found, batch)
+        assert os.environ["JAX_PLATFORMS"] == "cpu,tpu", "and the parent keeps its own"
         state = together.state()
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         start = time.monotonic()
