@@ -84,6 +84,12 @@ def test_cache_can_grow(tmp_path):
     assert [r.source for r in LatentSource(tmp_path)] == [f"s/{i}" for i in range(10)]
     with pytest.raises(UserError, match="already has 10 clips, more than 6"):
         encode(tmp_path, clips=6)
+    with pytest.raises(KeyboardInterrupt):
+        encode(tmp_path, clips=11, stop_after=0)  # the last shard again, with one more
+    with pytest.raises(UserError, match="not finished: 1 of 3 shards"):
+        LatentSource(tmp_path)
+    assert encode(tmp_path, clips=11) == [2]
+    assert len(LatentSource(tmp_path)) == 11
 
 
 def test_skipped_clips_are_listed_and_leave_no_hole(tmp_path):

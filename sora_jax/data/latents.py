@@ -16,156 +16,35 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import dataclasses
 import itertools
 import json
 import operator
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from etils import epath
 
+from sora_jax.data.latent_files import (
+    MANIFEST,
+    BadRecordError,
+    CacheInfo,
+    LatentRecord,
+    Manifest,
+    Shard,
+    ShardEntry,
+    file_size,
+    is_local,
+    utf8_length,
+    whole_file,
+)
 from sora_jax.errors import UserError
 
-MANIFEST = "manifest.json"
-_FORMAT = "sora_jax latents"
-_VERSION = 1
-
-
-class BadRecordError(ValueError):
-    """A record that cannot be read: bit rot, or not one of ours."""
-
-
-@dataclass(frozen=True)
-class LatentRecord:
-    """One clip: normalised latents `[F, h, w, C]` (float16) and what is true of it."""
-
-    latents: np.ndarray
-    captions: tuple[str, ...]  # alternatives for the whole clip
-    captions_image: tuple[str, ...]  # alternatives for its first frame alone; may be empty
-    fps: float
-    source: str  # where it came from: "world/train/0/17", "cats/a.mp4@24"
-    pixels: tuple[int, int, int]  # (T, H, W) of the frames
-
-    def to_bytes(self) -> bytes:
-        header = {
-            "shape": list(self.latents.shape),
-            "captions": list(self.captions),
-            "captions_image": list(self.captions_image),
-            "fps": self.fps,
-            "source": self.source,
-            "pixels": list(self.pixels),
-        }
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        return len(text).to_bytes(4, "little") + text + np.ascontiguousarray(self.latents, "<f2").tobytes()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> LatentRecord:
-        """The inverse of `to_bytes`; the latents are a read-only view of `data`. Raises `BadRecordError`."""
-        try:
-            start = 4 + int.from_bytes(data[:4], "little")
-            header = json.loads(data[4:start])
-            latents = np.frombuffer(data, "<f2", offset=start).reshape(header["shape"])
-            return cls(
-                latents=latents,
-                captions=tuple(header["captions"]),
-                captions_image=tuple(header["captions_image"]),
-                fps=float(header["fps"]),
-                source=str(header["source"]),
-                pixels=tuple(header["pixels"]),
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadRecordError(f"no record of latents: {error}") from error
-
-
-@dataclass(frozen=True)
-class CacheInfo:
-    """What all clips of a cache share. Two encodings may continue one another only if all of this is equal."""
-
-    autoencoder: str  # its name, for people
-    autoencoder_hash: str  # of its config and parameters, for machines
-    stride: tuple[int, int, int]  # frames, height, width in pixels that one latent spans
-    channels: int
-    source: Mapping[str, Any]  # what was encoded, as JSON: {"world": {"seed": 0, ...}} or {"folder": ...}
-
-
-class Shard(NamedTuple):
-    """A range of the source's clips, [start, stop), that is written as one file."""
-
-    number: int
-    start: int
-    stop: int
-
-
-@dataclass
-class _Entry:
-    """A finished shard, as the manifest lists it."""
-
-    file: str
-    clips: int  # of the source, that it covers
-    count: int  # records; fewer than `clips` when some could not be read
-    bytes: int
-    sizes: dict[str, int] = field(default_factory=dict)  # "FxHxW" of the latents -> records of that size
-    longest_caption: str = ""
-    skipped: list[str] = field(default_factory=list)  # the clips that could not be read, with the reason
-
-
-@dataclass
-class _Manifest:
-    info: CacheInfo
-    clips: int
-    clips_per_shard: int
-    shards: dict[int, _Entry]
-
-    @property
-    def planned(self) -> int:
-        return -(-self.clips // self.clips_per_shard)
-
-    def save(self, folder: epath.Path) -> None:
-        entries = {index: self.shards[index] for index in sorted(self.shards)}
-        document = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "complete": len(entries) == self.planned,
-            "count": sum(entry.count for entry in entries.values()),
-            **dataclasses.asdict(self.info),
-            "clips": self.clips,
-            "clips_per_shard": self.clips_per_shard,
-            "shards": [{"index": index, **dataclasses.asdict(entry)} for index, entry in entries.items()],
-        }
-        _write_whole(
-            folder / MANIFEST, lambda path: path.write_text(json.dumps(document, indent=1, ensure_ascii=False))
-        )
-
-    @classmethod
-    def load(cls, folder: epath.Path) -> _Manifest:
-        path = folder / MANIFEST
-        try:
-            document = json.loads(path.read_text())
-            if document["format"] != _FORMAT:
-                raise ValueError(f"its format is {document['format']!r}")
-            if document["version"] > _VERSION:
-                raise UserError(
-                    f"{path} is of version {document['version']}, newer than this sora_jax reads; upgrade it"
-                )
-            info = CacheInfo(
-                **{f.name: document[f.name] for f in dataclasses.fields(CacheInfo)}
-                | {"stride": tuple(document["stride"])}
-            )
-            shards = {entry.pop("index"): _Entry(**entry) for entry in document["shards"]}
-            return cls(info, document["clips"], document["clips_per_shard"], shards)
-        except UserError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path} is no manifest of a latent cache ({error}); `sora-jax encode` makes one"
-            ) from error
+__all__ = ["BadRecordError", "CacheInfo", "LatentRecord", "LatentSource", "LatentWriter", "Shard", "ShardWriter"]
 
 
 # --------------------------------------------------------------------------------------------------------------- write
@@ -191,7 +70,7 @@ class LatentWriter:
             raise UserError(f"a latent cache holds at least 1 clip a shard, not {clips} in shards of {clips_per_shard}")
         self.path = epath.Path(path)
         if (self.path / MANIFEST).exists():
-            self._manifest = _Manifest.load(self.path)
+            self._manifest = Manifest.load(self.path)
             self._refuse_other(info, clips, clips_per_shard)
             self._manifest.clips = clips
         else:
@@ -200,7 +79,7 @@ class LatentWriter:
             ):
                 raise UserError(f"{self.path} is there and is no latent cache; give an empty or a new folder")
             self.path.mkdir(parents=True, exist_ok=True)
-            self._manifest = _Manifest(info, clips, clips_per_shard, {})
+            self._manifest = Manifest(info, clips, clips_per_shard, {})
         for left_behind in self.path.glob("*.partial"):
             left_behind.unlink()
         self._manifest.save(self.path)
@@ -235,28 +114,19 @@ class LatentWriter:
     @property
     def done(self) -> int:
         """Clips of the source dealt with so far, written or skipped, earlier runs included."""
-        return sum(entry.clips for index, entry in self._manifest.shards.items() if self._whole(self._range(index)))
+        return sum(shard.stop - shard.start for shard in self._manifest.planned() if self._whole(shard))
 
     @property
     def skipped(self) -> list[str]:
         return [reason for _, entry in sorted(self._manifest.shards.items()) for reason in entry.skipped]
 
-    def _range(self, index: int) -> Shard:
-        size = self._manifest.clips_per_shard
-        return Shard(index, index * size, min((index + 1) * size, self._manifest.clips))
+    def missing(self) -> list[Shard]:
+        """The shards still to be written, in order."""
+        return [shard for shard in self._manifest.planned() if not self._whole(shard)]
 
     def _whole(self, shard: Shard) -> bool:
         entry = self._manifest.shards.get(shard.number)
-        return (
-            entry is not None
-            and entry.clips == shard.stop - shard.start
-            and _size(self.path / entry.file) == entry.bytes
-        )
-
-    def missing(self) -> list[Shard]:
-        """The shards still to be written, in order."""
-        ranges = (self._range(index) for index in range(self._manifest.planned))
-        return [shard for shard in ranges if not self._whole(shard)]
+        return entry is not None and self._manifest.covers(shard) and file_size(self.path / entry.file) == entry.bytes
 
     @contextlib.contextmanager
     def shard(self, shard: Shard) -> Iterator[ShardWriter]:
@@ -265,14 +135,14 @@ class LatentWriter:
         from array_record.python import array_record_module
 
         name = f"latents-{shard.number:05d}.arrayrecord"
-        entry = _Entry(name, clips=shard.stop - shard.start, count=0, bytes=0)
-        with _whole_file(self.path / name) as temporary:
+        entry = ShardEntry(name, clips=shard.stop - shard.start, count=0, bytes=0)
+        with whole_file(self.path / name) as temporary:
             file = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
             try:
                 yield ShardWriter(file, entry)
             finally:
                 file.close()
-        entry.bytes = _size(self.path / name)
+        entry.bytes = file_size(self.path / name)
         self._manifest.shards[shard.number] = entry
         self._manifest.save(self.path)
 
@@ -280,7 +150,7 @@ class LatentWriter:
 class ShardWriter:
     """The open shard of `LatentWriter.shard`."""
 
-    def __init__(self, file: Any, entry: _Entry):
+    def __init__(self, file: Any, entry: ShardEntry):
         self._file, self._entry = file, entry
 
     def add(self, record: LatentRecord) -> None:
@@ -288,48 +158,10 @@ class ShardWriter:
         entry, size = self._entry, "x".join(map(str, record.latents.shape[:3]))
         entry.count += 1
         entry.sizes[size] = entry.sizes.get(size, 0) + 1
-        entry.longest_caption = max(entry.longest_caption, *record.captions, *record.captions_image, key=_utf8)
+        entry.longest_caption = max(entry.longest_caption, *record.captions, *record.captions_image, key=utf8_length)
 
     def skip(self, reason: str) -> None:
         self._entry.skipped.append(reason)
-
-
-def _utf8(text: str) -> int:
-    return len(text.encode())
-
-
-def _size(path: epath.Path) -> int:
-    """Bytes of a file; -1 when it is not there."""
-    return path.stat().length if path.exists() else -1
-
-
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)
-
-
-@contextlib.contextmanager
-def _whole_file(path: epath.Path) -> Iterator[Path]:
-    """A local file to write; it becomes `path` when the block ends, and nothing is left when the block raises.
-
-    Objects in a store do not rename, but appear whole when they are uploaded; so the upload comes last there.
-    """
-    if _is_local(path):
-        temporary = Path(f"{os.fspath(path)}.partial")
-        try:
-            yield temporary
-            os.replace(temporary, os.fspath(path))
-        finally:
-            temporary.unlink(missing_ok=True)
-    else:
-        with tempfile.TemporaryDirectory(prefix="sora_jax-") as folder:
-            temporary = Path(folder) / path.name
-            yield temporary
-            epath.Path(temporary).copy(path, overwrite=True)
-
-
-def _write_whole(path: epath.Path, write: Callable[[Path], object]) -> None:
-    with _whole_file(path) as temporary:
-        write(temporary)
 
 
 # ---------------------------------------------------------------------------------------------------------------- read
@@ -351,16 +183,16 @@ class LatentSource(Sequence[LatentRecord]):
         if not (self.path / MANIFEST).exists():
             why = "has no manifest.json" if self.path.exists() else "is not there"
             raise UserError(f"latent cache {self.path} {why}; `sora-jax encode SOURCE --out {self.path}` makes one")
-        manifest = _Manifest.load(self.path)
-        if missing := manifest.planned - len(manifest.shards):
+        manifest = Manifest.load(self.path)
+        if missing := manifest.missing():
             raise UserError(
-                f"latent cache {self.path} is not finished: {missing} of {manifest.planned} shards are missing; "
-                "run the same `sora-jax encode` again and it goes on where it stopped"
+                f"latent cache {self.path} is not finished: {len(missing)} of {len(manifest.planned())} "
+                "shards are missing; run the same `sora-jax encode` again and it goes on where it stopped"
             )
         self.info = manifest.info
         self._shards = [manifest.shards[index] for index in sorted(manifest.shards)]
         for entry in self._shards:
-            size = _size(self.path / entry.file)
+            size = file_size(self.path / entry.file)
             if size != entry.bytes:
                 found = "is missing" if size < 0 else f"has {size} bytes, not {entry.bytes}"
                 raise UserError(f"latent cache {self.path} is damaged: {entry.file} {found}; encode it again")
@@ -407,7 +239,7 @@ class LatentSource(Sequence[LatentRecord]):
     @property
     def longest_caption(self) -> str:
         """The caption of the whole cache with most bytes."""
-        return max((entry.longest_caption for entry in self._shards), key=_utf8, default="")
+        return max((entry.longest_caption for entry in self._shards), key=utf8_length, default="")
 
     def _file(self, shard: int) -> Any:
         """The open file of a shard; two threads that open it at once both succeed, and one is kept."""
@@ -419,9 +251,9 @@ class LatentSource(Sequence[LatentRecord]):
             self._files.setdefault(shard, ArrayRecordDataSource([instruction]))
         return self._files[shard]
 
-    def _local(self, entry: _Entry) -> Path:
+    def _local(self, entry: ShardEntry) -> Path:
         path = self.path / entry.file
-        if _is_local(path):
+        if is_local(path):
             return Path(path)
         # One copy for all processes of this machine, under the identity of the cache and the shard.
         name = f"{self.info.autoencoder_hash[:12]}-{entry.bytes}-{os.fspath(path).replace('/', '_')}"
