@@ -14,7 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
 
     config.transformer = {
-        "n_layers": 8,
+        "n_layers": 6,
         "n_heads": 6,
         "head_dim": 32,
         "ffn_dim": 768,
@@ -37,11 +37,18 @@ def get_config() -> ml_collections.ConfigDict:
         "height": 64,
         "width": 64,
         "fps": 8.0,
-        "image_share": 0.3,
+        "image_share": 0.5,
         "caption_dropout": 0.1,
         "row_tokens": 80,
         "row_text": 160,
         "groups": 5,
+    }
+    # More noise than the logit-normal's middle: colour, count and place are decided there.
+    config.levels = {
+        "mean": 0.0,
+        "std": 1.0,
+        "shift": 1.5,
+        "modes": {"uniform": 0.8, "per_frame": 0.05, "first": 0.1, "last": 0.0, "both": 0.0, "random": 0.05},
     }
     config.optimizer = {
         "name": "muon",
@@ -56,7 +63,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.train = {
         "stage": "diffusion",
         "steps": 12_000,
-        "batch_size": 64,
+        "batch_size": 32,
         "ema": 0.999,
         "log_every": 20,
         "validate_every": 500,
