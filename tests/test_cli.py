@@ -122,6 +122,7 @@ def test_overrides_are_taken_in_both_spellings():
         (["sample", "a", "b", "--out", "a.mp4"], "--out a.mp4 is one file for 2 videos"),
         (["sample", "a", "a"], "two videos would be written to a-0.mp4"),
         (["sample", PROMPT, "--out", "/proc/none/a.mp4"], "/proc/none/a.mp4 cannot be written"),
+        (["sample", PROMPT, "--batch-size", "0"], "--batch-size must be a whole number >= 1"),
         (["sample", PROMPT, "--scale", "0"], "--scale must be a whole number >= 1"),
         (["sample", PROMPT, "--dtype", "float23"], 'unknown dtype "float23"; did you mean "float32"?'),
         (["sample", PROMPT, "--image", "none.png"], "none.png does not exist"),
@@ -315,6 +316,12 @@ def test_prompts_come_from_files(here):
     assert (second.prompt, second.seed, second.out) == ("a box", 9, "a-box-9.mp4")
     (only,) = plan("--prompts", "c.jsonl", "--negative-prompt", "noise")
     assert only.negative_prompt == "blur"
+
+
+def test_batches_share_a_negative_prompt():
+    jobs = [sample.Job(str(i), negative, i, "x") for i, negative in enumerate(["a", "a", "a", "b", "b", "a"])]
+    grouped = [[job.seed for job in batch] for batch in sample.batches(jobs, 2)]
+    assert grouped == [[0, 1], [2], [3, 4], [5]]
 
 
 @pytest.mark.parametrize(

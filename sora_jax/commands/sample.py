@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -60,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--num-videos", type=int, default=1, metavar="N", help="of each prompt, with seeds SEED, SEED + 1 ..."
     )
+    how.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="videos at once; with 1, each is the same in any company"
+    )
     how.add_argument("--dtype", metavar="DTYPE", default="auto", help="auto, float32 or bfloat16")
     files = parser.add_argument_group("files")
     files.add_argument(
@@ -92,6 +96,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _check_out(job.out, settings.get("frames"), args.force)
     if args.scale < 1:
         raise UserError(f"--scale must be a whole number >= 1, not {args.scale}")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be a whole number >= 1, not {args.batch_size}")
     if args.fps is not None and not 0 < args.fps <= 1000:
         raise UserError(f"--fps must lie in (0, 1000], not {args.fps:g}")
     given = _given_files(args, like)
@@ -107,26 +113,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for job in jobs:
         _check_out(job.out, extent.frames, args.force)
     made = []
-    for job in jobs:
-        with _progress(f"{job.prompt[:40]}, seed {job.seed}") as progress:
+    for batch in batches(jobs, args.batch_size):
+        with _progress(batch[0].prompt[:40]) as progress:
             clock = Clock(progress)
-            video = pipe.sample(
-                job.prompt,
-                negative_prompt=job.negative_prompt,
-                seed=job.seed,
+            videos = pipe.sample(
+                [job.prompt for job in batch],
+                seed=[job.seed for job in batch],
+                negative_prompt=batch[0].negative_prompt,
+                batch_size=len(batch),
                 progress=clock,
                 **settings,
                 **images,
             )
             clock.finish()
-        video = dataclasses.replace(video, record=dataclasses.replace(video.record, given=given))
         writing = time.perf_counter()
-        _write(video, job.out, args)
+        for job, video in zip(batch, videos, strict=True):
+            video = dataclasses.replace(video, record=dataclasses.replace(video.record, given=given))
+            _write(video, job.out, args)
+            made.append(_describe(video, job, args.fps))
+            _report(made[-1], args.json)
         seconds["compile and sample"] += clock.sampled
         seconds["decode"] += clock.decoded
         seconds["write"] += time.perf_counter() - writing
-        made.append(_describe(video, job, args.fps))
-        _report(made[-1], args.json)
     seconds["total"] = time.perf_counter() - started
     print(" · ".join(f"{name} {value:.1f} s" for name, value in seconds.items()), file=sys.stderr)
     return {"model": pipe.name, "videos": made, "seconds": seconds}
@@ -172,6 +180,13 @@ def plan(args: argparse.Namespace, like: Record | None = None) -> list[Job]:
             raise UserError(f"two videos would be written to {job.out}; give them different seeds or names")
         taken.add(job.out)
     return jobs
+
+
+def batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
+    """Runs of at most `size` jobs that share a negative prompt, in order."""
+    for _, alike in itertools.groupby(jobs, key=lambda job: job.negative_prompt):
+        some = list(alike)
+        yield from (some[i : i + size] for i in range(0, len(some), size))
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
