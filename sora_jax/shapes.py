@@ -18,10 +18,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from sora_jax.errors import UserError
+from sora_jax.pytrees import pytree
 
 
 class Stride(NamedTuple):
@@ -99,7 +99,7 @@ def frames_for_seconds(seconds: float, fps: float, step: int) -> int:
     return 1 + step * round(seconds * fps / step)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Condition:
     """Everything about packed rows of tokens except the tokens and their noise levels.

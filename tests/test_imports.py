@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "sora_jax"
 
 # A room may import rooms of lower layers and itself; rooms of one layer do not see each other.
 LAYERS = [
-    {"errors"},
+    {"errors", "pytrees"},
     {"shapes", "record", "runtime", "vocabulary"},
     {"sharding", "media"},
     {"tokens", "diffusion"},

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sora_jax.pytrees import pytree
 from sora_jax.shapes import Condition
 
 Velocity = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
 """`velocity(params, tokens [B,N,P], levels [B,G], condition) -> [B,N,P]`, float32."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class GuidedCondition:
     """A condition with its counterpart: 2B rows, the prompts' first, then the negative prompts' in the same order."""

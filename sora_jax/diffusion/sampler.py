@@ -23,9 +23,10 @@ from sora_jax.diffusion.flow import mix, shift_level, spread
 from sora_jax.diffusion.guidance import Velocity
 from sora_jax.diffusion.solvers import SOLVERS, Solver
 from sora_jax.errors import UserError, nearest
+from sora_jax.pytrees import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class SamplerState:
     """Tokens on their way from noise to data."""

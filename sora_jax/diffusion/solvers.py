@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sora_jax.diffusion.flow import spread
+from sora_jax.pytrees import pytree
 
 Model = Callable[[jax.Array, jax.Array], jax.Array]
 """`model(x [B,N,P], levels [B,G]) -> velocity [B,N,P]`."""
@@ -70,7 +71,7 @@ def heun(
 # ------------------------------------------------------------------------------------------------ UniPC
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class UniPCHistory:
     """What UniPC remembers: the last two predictions of the data and the levels they were made at."""

@@ -27,6 +27,7 @@ from sora_jax.errors import UserError, nearest
 from sora_jax.models import layers
 from sora_jax.models.autoencoder_blocks import DownBlock, MiddleBlock, UpBlock
 from sora_jax.models.causal_conv import KERNEL_AXES, CausalConv, ChannelNorm, Past, split_past
+from sora_jax.pytrees import pytree
 from sora_jax.shapes import Extent, Stride, latent_extent
 from sora_jax.sharding import constrain
 
@@ -124,7 +125,7 @@ class AutoencoderConfig:
         return config
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Posterior:
     """A diagonal Gaussian for every latent, before normalisation; `logvar` is clipped to [-30, 20]."""

@@ -12,7 +12,7 @@ arXiv:2307.06304). Nothing is padded inside a clip and nothing is dropped: `unpa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sora_jax.errors import UserError
+from sora_jax.pytrees import pytree
 from sora_jax.shapes import Extent, Stride, token_extent
 from sora_jax.tokens.patchify import patchify, token_positions, unpatchify
 
@@ -31,6 +32,7 @@ else:
     AnyArray = jax.Array | np.ndarray
 
 
+@pytree
 @dataclass(frozen=True)
 class PackedRows:
     """B rows of N tokens, each holding several clips and their prompts side by side; a pytree of ten arrays.
@@ -53,29 +55,6 @@ class PackedRows:
 
     def replace(self, **changes: object) -> PackedRows:
         return dataclasses.replace(self, **changes)
-
-
-FIELDS = tuple(field.name for field in dataclasses.fields(PackedRows))
-
-
-def _flatten_with_keys(rows: PackedRows) -> tuple[list[tuple[Any, Any]], None]:
-    return [(jax.tree_util.GetAttrKey(name), getattr(rows, name)) for name in FIELDS], None
-
-
-def _flatten(rows: PackedRows) -> tuple[list[Any], None]:
-    return [getattr(rows, name) for name in FIELDS], None
-
-
-def _unflatten(_: None, leaves: Iterable[Any]) -> PackedRows:
-    # Not by __init__ (as `register_dataclass` would): a tree of shardings or shapes is no tree of arrays, and the
-    # annotations above, which the tests enforce, would refuse it.
-    rows = object.__new__(PackedRows)
-    for name, leaf in zip(FIELDS, leaves, strict=True):
-        object.__setattr__(rows, name, leaf)
-    return rows
-
-
-jax.tree_util.register_pytree_with_keys(PackedRows, _flatten_with_keys, _unflatten, _flatten)
 
 
 class Clip(NamedTuple):
