@@ -17,6 +17,7 @@ EXAMPLES = """
     sora-jax eval --model runs/world --n 50 --steps 15
     sora-jax eval --model world --json > eval.json
     sora-jax eval --model world --suite reconstruction --n 64
+    sora-jax eval --model world --suite reconstruction --source my_videos
 """
 SUITES = ("world", "reconstruction")
 
@@ -28,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="world",
         metavar="NAME",
         help="world: held-out prompts, judged by checkers; reconstruction: the autoencoder on held-out clips",
+    )
+    parser.add_argument(
+        "--source",
+        default="world",
+        metavar="world|FOLDER",
+        help="reconstruction: held-out clips of the world, or a folder of videos",
     )
     parser.add_argument("--n", type=int, default=200, metavar="N", help="prompts, or clips (200)")
     parser.add_argument(
@@ -75,24 +82,36 @@ def _world(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _reconstruction(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """PSNR and SSIM of the autoencoder on held-out clips of the world, beside a still of their first frame."""
-    from sora_jax.data.world import WorldSource
+    """PSNR and SSIM of the autoencoder on clips it was not trained on, beside a still of their first frame."""
     from sora_jax.evaluation.reconstruction import evaluate_reconstruction
 
-    size = pipe.extent()
-    source = WorldSource(args.seed, args.n, "heldout", size.frames, size.height, size.width)
+    source = _clips(pipe, args)
+    count = min(args.n, len(source))
     show = _counter()
 
     def there_and_back(clip: np.ndarray) -> np.ndarray:
         return pipe.decode(pipe.encode(clip[None]))[0]
 
     def clips() -> Any:
-        for index in range(args.n):
+        for index in range(count):
             yield source[index]["frames"]
-            show(index + 1, args.n)
+            show(index + 1, count)
 
     scores = evaluate_reconstruction(there_and_back, clips())
-    return {"suite": "reconstruction", "n": args.n, "metrics": {k: _mean(v) for k, v in scores.items()}}
+    return {"suite": "reconstruction", "n": count, "metrics": {k: _mean(v) for k, v in scores.items()}}
+
+
+def _clips(pipe: Any, args: argparse.Namespace) -> Any:
+    """A sequence of {"frames": uint8 [T, H, W, 3], ...} of the model's size."""
+    frames, height, width = pipe.extent()
+    if args.source == "world":
+        from sora_jax.data.world import WorldSource
+
+        return WorldSource(args.seed, args.n, "heldout", frames, height, width)
+    from sora_jax.data.sources import FolderSource
+
+    fps = pipe.folder.defaults.fps
+    return FolderSource(args.source, fps=fps, frames=frames, height=height, width=width, captions=False)
 
 
 def _mean(values: list[float]) -> dict[str, float]:
