@@ -55,7 +55,7 @@ def test_it_runs(notebook, tiny_model, tmp_path):
     notebook = nbformat.from_dict(notebook)
     notebook.cells.insert(at + 1, nbformat.v4.new_code_cell("\n".join(settings)))
 
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
 
     assert (tmp_path / "quickstart.mp4").exists()
