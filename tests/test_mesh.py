@@ -112,6 +112,7 @@ def alone(params: dict, rows: PackedRows) -> Outcome:
     return on_mesh({"data": 1}, params, rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", MESHES, ids=lambda axes: "-".join(f"{k}{v}" for k, v in axes.items()))
 def test_loss_and_gradients_are_those_of_one_device(axes: dict[str, int], params, rows, alone: Outcome):
     found = on_mesh(axes, params, rows)

@@ -33,7 +33,9 @@ def test_schedule_in_closed_form(shape: str, step: int):
     }[shape]
     if step < 10:
         expected = 2.0 * (step + 1) / 10
-    np.testing.assert_allclose(make_schedule(config, 110, 2.0)(step), expected, rtol=1e-6)
+    schedule = make_schedule(config, 110, 2.0)
+    np.testing.assert_allclose(schedule(step), expected, rtol=1e-6)
+    np.testing.assert_allclose(schedule(jnp.int32(step)), expected, rtol=1e-6)
 
 
 def test_schedule_without_warmup_starts_at_its_peak():

@@ -108,6 +108,7 @@ def whole(home: Path) -> Path:
     return home / "whole"
 
 
+@pytest.mark.slow
 def test_the_run_learns(whole: Path):
     losses = [line["loss"] for line in lines(whole)]
     assert len(losses) == STEPS

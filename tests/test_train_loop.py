@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
+from quick_compile import quick_compile
 
 from sora_jax.config import Config, load_config, override
 from sora_jax.errors import UserError
@@ -108,20 +108,10 @@ def config_of(*overrides: str) -> Config:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Every run compiles the same few small programs."""
-    names = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with quick_compile(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(autouse=True)

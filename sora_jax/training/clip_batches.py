@@ -1,4 +1,4 @@
-"""Batches of clips for the autoencoder, rendered on the fly a few steps ahead.
+"""Batches of clips for the autoencoder, rendered or read a few steps ahead.
 
 Batch b is a function of (seed, b): whether it is of videos or of images, and which clips. So the state is one number.
 """
@@ -7,27 +7,41 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
+from sora_jax.data.sources import FolderSource
 from sora_jax.data.world import WorldSource
 from sora_jax.errors import UserError
 
 if TYPE_CHECKING:
     from sora_jax.config import DataConfig
 
+Clips = UInt8[np.ndarray, "B T H W 3"]
+TRIES = 20  # draws of clips for one batch before a folder is found to have too few
+
+
+class ClipSource(NamedTuple):
+    """Clips to train an autoencoder on."""
+
+    draw: Callable[[int, int, bool], Clips]  # (number of the batch, rows, of images?) -> clips
+    held_out: Callable[[int], Clips]  # (rows) -> clips that `draw` never gives
+    identity: Mapping[str, Any]  # what must be the same for a run to go on, as JSON
+
 
 class ClipBatches:
-    """uint8 [B, T, H, W, 3]; with probability `image_share` a batch of images, T = 1.
+    """Endless uint8 [B, T, H, W, 3]; with probability `image_share` a batch of images, T = 1.
 
     A batch of images has as many latents as one of videos: `rows` * (1 + (T - 1) / time_stride) of them.
+    With several processes, `rows` are those of this one, which makes every `process_count`-th part of the whole.
     """
 
     def __init__(
         self,
+        source: ClipSource,
         data: DataConfig,
         rows: int,
         *,
@@ -36,38 +50,33 @@ class ClipBatches:
         process_count: int = 1,
         prefetch: int = 2,
     ):
-        self._data, self._rows = data, rows
+        self._source, self._data, self._rows = source, data, rows
         self._images = rows * (1 + (data.frames - 1) // time_stride)
-        self._process = (process_index, process_count)
+        self._process_index, self._process_count = process_index, process_count
         self._prefetch = prefetch
-        self._videos = world_clips(data, "train", data.frames)
-        self._stills = world_clips(data, "train", 1)
         self._next = 0
         self._worker: _Worker | None = None
 
-    def __next__(self) -> UInt8[np.ndarray, "B T H W 3"]:
+    def __next__(self) -> Clips:
         if self._worker is None:
             self._worker = _Worker(self.batch, self._next, self._prefetch)
         batch = self._worker.take()
         self._next += 1
         return batch
 
-    def batch(self, number: int) -> UInt8[np.ndarray, "B T H W 3"]:
+    def batch(self, number: int) -> Clips:
         """This process's part of batch `number`."""
-        image = np.random.default_rng((self._data.seed, number)).random() < self._data.image_share
-        source, rows = (self._stills, self._images) if image else (self._videos, self._rows)
-        index, count = self._process
-        first = (number * count + index) * rows
-        return np.stack([item["frames"] for item in source.batch([(first + i) % len(source) for i in range(rows)])])
+        images = bool(np.random.default_rng((self._data.seed, number)).random() < self._data.image_share)
+        part = number * self._process_count + self._process_index
+        return self._source.draw(part, self._images if images else self._rows, images)
 
     def state(self) -> dict[str, Any]:
-        return {"next": self._next, "processes": self._process[1]}
+        return {"next": self._next, "processes": self._process_count, "source": dict(self._source.identity)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        if state["processes"] != self._process[1]:
-            raise UserError(
-                f"the data was split over {state['processes']} processes and now is over {self._process[1]}"
-            )
+        for name, now in self.state().items():
+            if name != "next" and state[name] != now:
+                raise UserError(f"the data cannot go on where it stopped: {name} was {state[name]} and is {now}")
         self.close()
         self._next = int(state["next"])
 
@@ -77,35 +86,87 @@ class ClipBatches:
             self._worker = None
 
 
-def world_clips(data: DataConfig, split: str, frames: int) -> WorldSource:
-    if data.source != "world":
-        raise UserError(f'data.source {data.source!r} is not supported in the autoencoder stage: use "world"')
-    return WorldSource(data.seed, data.clips, split, frames=frames, height=data.height, width=data.width)
+# ------------------------------------------------------------------------------------------------------------- sources
 
 
-def held_out_clips(data: DataConfig, count: int) -> UInt8[np.ndarray, "B T H W 3"]:
-    """`count` clips with combinations of colour, shape and motion that training never shows."""
-    source = world_clips(data, "heldout", data.frames)
-    return np.stack([item["frames"] for item in source.batch(range(count))])
+def clip_source(data: DataConfig, time_stride: int) -> ClipSource:
+    """The world, or the folder that `data.source` names."""
+    return _world(data) if data.source == "world" else _folder(data, time_stride)
+
+
+def _world(data: DataConfig) -> ClipSource:
+    """Part b takes the clips from b * rows on, of `data.clips`; held out are combinations that these never show."""
+
+    def clips(split: str, frames: int) -> WorldSource:
+        return WorldSource(data.seed, data.clips, split, frames=frames, height=data.height, width=data.width)
+
+    def draw(number: int, rows: int, images: bool) -> Clips:
+        source = clips("train", 1 if images else data.frames)
+        return _frames(source, [(number * rows + row) % len(source) for row in range(rows)])
+
+    return ClipSource(draw, lambda rows: _frames(clips("heldout", data.frames), range(rows)), {"world": data.seed})
+
+
+def _frames(source: WorldSource, indices: Any) -> Clips:
+    return np.stack([item["frames"] for item in source.batch(indices)])
+
+
+def _folder(data: DataConfig, time_stride: int) -> ClipSource:
+    """Part b draws clips at random, with replacement; the last `data.held_out` clips are held out."""
+    source = FolderSource(
+        data.source,
+        fps=data.fps,
+        frames=data.frames,
+        height=data.height,
+        width=data.width,
+        step=time_stride,
+        captions=False,
+    )
+    kept = len(source) - data.held_out
+    if kept < 1:
+        raise UserError(f"{data.source} has {len(source)} clips and data.held_out is {data.held_out}: leave some over")
+
+    def gather(indices: Any, frames: int, rows: int) -> list[np.ndarray]:
+        read = [item["frames"] for item in source.batch(indices) if isinstance(item, dict)]
+        return [clip[:frames] for clip in read if len(clip) >= frames][:rows]
+
+    def draw(number: int, rows: int, images: bool) -> Clips:
+        rng = np.random.default_rng((data.seed, number, 1))
+        found: list[np.ndarray] = []
+        for _ in range(TRIES):
+            found += gather(rng.integers(kept, size=rows).tolist(), 1 if images else data.frames, rows - len(found))
+            if len(found) == rows:
+                return np.stack(found)
+        raise UserError(
+            f"{data.source} has hardly a clip of {data.frames} frames at {data.fps:g} fps: lower data.frames"
+        )
+
+    def held_out(rows: int) -> Clips:
+        found = gather(range(kept, len(source)), data.frames, rows)
+        if not found:
+            raise UserError(f"none of the last {data.held_out} clips of {data.source} has {data.frames} frames")
+        return np.stack([found[row % len(found)] for row in range(rows)])
+
+    return ClipSource(draw, held_out, source.identity)
 
 
 class _Worker:
     """A thread that makes batches `first`, `first` + 1, ... and keeps `ahead` of them ready."""
 
-    def __init__(self, make: Any, first: int, ahead: int):
+    def __init__(self, make: Callable[[int], Clips], first: int, ahead: int):
         self._make = make
-        self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(max(ahead, 1))
+        self._ready: queue.Queue[Clips | BaseException] = queue.Queue(max(ahead, 1))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(first,), name="clip-batches", daemon=True)
         self._thread.start()
 
     def _run(self, number: int) -> None:
-        item: tuple[Any, BaseException | None]
         while not self._stop.is_set():
+            item: Clips | BaseException
             try:
-                item = (self._make(number), None)
+                item = self._make(number)
             except BaseException as error:  # noqa: BLE001 (raised again where the batch is taken)
-                item = (None, error)
+                item = error
             while not self._stop.is_set():
                 try:
                     self._ready.put(item, timeout=0.1)
@@ -114,11 +175,11 @@ class _Worker:
                     continue
             number += 1
 
-    def take(self) -> Any:
-        batch, error = self._ready.get()
-        if error is not None:
-            raise error
-        return batch
+    def take(self) -> Clips:
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
 
     def close(self) -> None:
         self._stop.set()

@@ -11,7 +11,6 @@ losses to the bit (on the same kind of device). SIGTERM and Ctrl-C end it after 
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -100,9 +99,9 @@ def train(
     restored = checkpoints.restore(shapes)
     if restored is None:
         start, averages = 0, Averages()
+        params = load_modules(settings.init, shapes.params, mesh) if settings.init else None
         state = init_state(init, key, mesh)
-        if settings.init:
-            params = load_modules(settings.init, shapes.params, mesh)
+        if params is not None:
             state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
             say(f"starting from the parameters of {settings.init}")
     else:
@@ -177,14 +176,14 @@ def train(
                 compiled.add(shape)
                 step += 1
                 last = step == settings.steps
-                if stage.validate and (due(step, settings.validate_every) or last):
+                if stage.validate and due(step, settings.validate_every, last):
                     late.flush()
                     jax.block_until_ready(metrics)  # what steps took shall not be counted as validation
                     with clock.spent_on("validation"):
                         found = jax.device_get(stage.validate(state.ema))
                     extras[step] = {f"validation_{name}": float(value) for name, value in found.items()}
                 late.push(step, metrics)
-                if stage.sample and (due(step, settings.sample_every) or last):
+                if stage.sample and due(step, settings.sample_every, last):
                     late.flush()
                     with clock.spent_on("samples"):
                         write_samples(stage.sample(state.ema), config, workdir, step, writer)
@@ -218,8 +217,9 @@ def train(
 # ------------------------------------------------------------------------------------------------------------- helpers
 
 
-def due(step: int, every: int) -> bool:
-    return bool(every) and step % every == 0
+def due(step: int, every: int, last: bool = False) -> bool:
+    """Whether something that happens `every` so many steps (0: never), and at the `last`, happens now."""
+    return bool(every) and (step % every == 0 or last)
 
 
 def place(batch: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -265,15 +265,14 @@ class Window:
         busy = spent["total"] - sum(spent.get(name, 0.0) for name in ("compile", "validation", "samples", "checkpoint"))
         rate = steps / max(busy, 1e-9)
         self.begin(step)
-        rates = {
-            "steps_per_second": rate,
-            "tokens_per_second": rate * self._stage.tokens_per_step,
-            "tflops": rate * self._stage.flops_per_step / 1e12,
-            "data_wait": spent.get("data", 0.0) / max(busy, 1e-9),
-        }
-        if self._peak:
-            rates["mfu"] = rate * self._stage.flops_per_step / self._peak
-        return {name: value for name, value in rates.items() if math.isfinite(value)}
+        rates = {"steps_per_second": rate, "data_wait": spent.get("data", 0.0) / max(busy, 1e-9)}
+        if self._stage.tokens_per_step:
+            rates["tokens_per_second"] = rate * self._stage.tokens_per_step
+        if flops := rate * self._stage.flops_per_step:
+            rates["tflops"] = flops / 1e12
+            if self._peak:
+                rates["mfu"] = flops / self._peak
+        return rates
 
 
 def refuse_other_config(config: Config, workdir: epath.Path, force: bool) -> None:
@@ -307,10 +306,11 @@ def write_text(path: epath.Path, text: str) -> None:
 def stop_signals(say: Say) -> Iterator[threading.Event]:
     """An event that SIGTERM and Ctrl-C set while the block runs; a second Ctrl-C interrupts at once.
 
-    Only a main thread can take signals; elsewhere the event is never set.
+    Only a main thread can take signals; elsewhere the event is never set. With several processes SIGTERM is left to
+    JAX, which tells the others (see `stopping`).
     """
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield stop
         return
 

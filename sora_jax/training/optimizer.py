@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
@@ -65,20 +66,23 @@ class OptimizerConfig:
 def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
     """The learning rate of step s = 0, 1, ... of `steps`, with p = clip((s - warmup) / (steps - warmup), 0, 1):
 
+    A Python int gives a numpy value, without a device; a traced step gives a traced one.
+
     warm-up (s < warmup): peak (s + 1) / warmup
     constant: peak    linear: peak (1 - (1 - final) p)    cosine: peak (final + (1 - final) (1 + cos(pi p)) / 2)
     """
     warmup, final = config.warmup_steps, config.final_fraction
 
-    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
-        s = jnp.asarray(step, jnp.float32)
-        p = jnp.clip((s - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+    def schedule(step: Any) -> Any:
+        xp: Any = jnp if isinstance(step, jax.Array) else np
+        s = xp.asarray(step, np.float32)
+        p = xp.clip((s - warmup) / max(steps - warmup, 1), 0.0, 1.0)
         shapes = {
-            "constant": jnp.ones_like(p),
+            "constant": xp.ones_like(p),
             "linear": 1.0 - (1.0 - final) * p,
-            "cosine": final + (1.0 - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * p)),
+            "cosine": final + (1.0 - final) * 0.5 * (1.0 + xp.cos(np.pi * p)),
         }
-        return peak * jnp.where(s < warmup, (s + 1.0) / max(warmup, 1), shapes[config.schedule])
+        return peak * xp.where(s < warmup, (s + 1.0) / max(warmup, 1), shapes[config.schedule])
 
     return schedule
 

@@ -23,15 +23,19 @@ from sora_jax import sharding
 from sora_jax.config import Config
 from sora_jax.data.latents import LatentSource
 from sora_jax.data.loader import make_loader
+from sora_jax.data.sources import Clips, FolderSource, WorldClips
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder
 from sora_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sora_jax.models.tokenizer import ByteTokenizer
 from sora_jax.models.transformer import Transformer, TransformerConfig
+from sora_jax.shapes import Extent, latent_extent
 from sora_jax.tokens.packing import PackedRows
 from sora_jax.training.autoencoder_step import MODULE, make_autoencoder_step
-from sora_jax.training.clip_batches import ClipBatches, held_out_clips
+from sora_jax.training.clip_batches import ClipBatches, clip_source
 from sora_jax.training.diffusion_step import DiffusionModules, make_diffusion_step, make_diffusion_validation
+from sora_jax.training.encoding import encode_clips
+from sora_jax.training.pretrained import load_autoencoder
 from sora_jax.training.samples import autoencoder_sampler, diffusion_sampler
 from sora_jax.training.state import TrainState
 
@@ -94,7 +98,7 @@ def diffusion_stage(context: Context) -> Stage:
             f"transformer.text_dim {transformer.text_dim} is not the width of the text encoder's output "
             f"(text_encoder.d_model {text_encoder.d_model})"
         )
-    folder = data.latents or context.workdir / "latents"
+    folder = data.latents or make_latents(context)
     source = LatentSource(folder, stop=-data.held_out or None)
     if source.info.channels != transformer.in_channels:
         raise UserError(
@@ -160,6 +164,32 @@ def diffusion_stage(context: Context) -> Stage:
     )
 
 
+def make_latents(context: Context) -> epath.Path:
+    """WORKDIR/latents, encoded now as far as it is not yet: for a run whose config names no latent cache."""
+    data, folder = context.config.data, context.workdir / "latents"
+    config, params = load_autoencoder(data.autoencoder)
+    size: dict[str, Any] = {"frames": data.frames, "height": data.height, "width": data.width}
+    source: Clips
+    if data.source == "world":
+        source = WorldClips(data.clips, seed=data.seed, **size)
+    else:
+        source = FolderSource(data.source, fps=data.fps, step=config.stride.time, **size)
+    said = -1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said
+        if done < total and 20 * done // total > said:
+            said = 20 * done // total
+            context.say(f"encoding {data.source} to {folder}: {done} of {total} clips")
+
+    if jax.process_count() > 1:
+        raise UserError("with several processes, encode first (sora-jax encode) and name the cache in data.latents")
+    encode_clips(
+        source, config, params, folder, name=data.autoencoder, dtype=context.dtype, mesh=context.mesh, progress=progress
+    )
+    return folder
+
+
 class _Packed:
     """A loader's dicts as `PackedRows`."""
 
@@ -201,7 +231,10 @@ def diffusion_flops(transformer: TransformerConfig, text: TextEncoderConfig, tok
 def autoencoder_stage(context: Context) -> Stage:
     config, data = context.config, context.config.data
     graphdef = _structure(lambda rngs: Autoencoder(config.autoencoder, rngs=rngs))
+    source = clip_source(data, config.autoencoder.stride.time)
+    latent_extent(Extent(data.frames, data.height, data.width), config.autoencoder.stride)
     batches = ClipBatches(
+        source,
         data,
         context.local_rows,
         time_stride=config.autoencoder.stride.time,
@@ -219,7 +252,7 @@ def autoencoder_stage(context: Context) -> Stage:
     )
     validate = sample = None
     if data.held_out:
-        clips = held_out_clips(data, config.train.batch_size)
+        clips = source.held_out(config.train.batch_size)
         placed = [jax.device_put(clips, sharding.batch_sharding(context.mesh))]
         validate = _mean_over(_make_autoencoder_validation(graphdef, context.dtype), placed)
         sample = autoencoder_sampler(graphdef, clips[:4], context.dtype)

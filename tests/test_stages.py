@@ -1,0 +1,263 @@
+"""Both stages of training, tiny, through the loop: from nothing prepared to latents, losses and samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from quick_compile import quick_compile
+
+from sora_jax import sharding
+from sora_jax.config import Config, from_dict, override
+from sora_jax.data.latents import LatentSource
+from sora_jax.data.world import is_heldout, sample_scenes
+from sora_jax.errors import UserError
+from sora_jax.media import read_media, write_media
+from sora_jax.record import Record
+from sora_jax.training.checkpoint import Checkpoints
+from sora_jax.training.clip_batches import ClipBatches, clip_source
+from sora_jax.training.loop import train
+from sora_jax.training.pretrained import load_autoencoder, load_modules, load_run
+from sora_jax.training.samples import film_strips, grid
+
+AUTOENCODER = {
+    "base_dim": 4,
+    "z_dim": 8,
+    "dim_mult": (1, 4, 4),
+    "num_res_blocks": 1,
+    "temperal_downsample": (True, True),
+    "is_residual": True,
+    "patch_size": 2,
+}
+DATA = {"frames": 5, "height": 16, "width": 16, "clips": 40, "held_out": 4, "row_tokens": 12, "row_text": 160}
+TRAIN = {"batch_size": 2, "steps": 2, "log_every": 1, "validate_every": 2, "sample_every": 2, "checkpoint_every": 0}
+TRAIN |= {"mesh": {"data": 1}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One device, and little to compile."""
+    make_mesh = sharding.make_mesh
+    with pytest.MonkeyPatch.context() as patch, quick_compile(tmp_path_factory.mktemp("compiled")):
+        patch.setattr(sharding, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, devices or jax.devices()[:1]))
+        yield
+
+
+def lines(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+# --------------------------------------------------------------------------------------------------------- autoencoder
+
+
+@pytest.fixture(scope="module")
+def autoencoder_config() -> Config:
+    return from_dict(
+        {
+            "autoencoder": AUTOENCODER,
+            "data": DATA | {"image_share": 0.0},
+            "optimizer": {"warmup_steps": 0},
+            "train": TRAIN | {"stage": "autoencoder"},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def autoencoder_run(autoencoder_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("autoencoder") / "run"
+    train(autoencoder_config, workdir, say=lambda line: None)
+    return workdir
+
+
+@pytest.mark.slow
+def test_autoencoder_stage(autoencoder_run: Path):
+    first, last = lines(autoencoder_run)
+    for name in ("loss", "l1", "gradient", "kl", "psnr"):
+        assert np.isfinite(first[name])
+    assert np.isfinite(last["validation_loss"])
+    assert 0 < last["validation_psnr"] < 60
+    # two held-out clips, each beside its reconstruction, in a grid
+    assert read_media(autoencoder_run / "samples" / "0000002.mp4").frames.shape == (5, 16, 64, 3)
+
+
+@pytest.mark.slow
+def test_a_run_gives_its_averages_and_its_autoencoder(autoencoder_run: Path, autoencoder_config: Config):
+    run = load_run(autoencoder_run)
+    assert (run.config, run.step) == (autoencoder_config, 2)
+    checkpoints = Checkpoints(autoencoder_run / "checkpoints", read_only=True)
+    saved = checkpoints.arrays(2)
+    checkpoints.close()
+    config, params = load_autoencoder(str(autoencoder_run))
+    assert config == autoencoder_config.autoencoder
+    kernel = params["encoder"]["conv_in"]["kernel"][...]
+    np.testing.assert_array_equal(kernel, saved["ema.autoencoder.encoder.conv_in.kernel"])
+    assert not np.array_equal(kernel, saved["params.autoencoder.encoder.conv_in.kernel"])
+    with pytest.raises(UserError, match="has trained autoencoder and no transformer"):
+        load_modules(str(autoencoder_run), {"transformer": {}})
+
+
+@pytest.mark.slow
+def test_a_run_can_start_from_the_parameters_of_another(autoencoder_run: Path, autoencoder_config: Config, tmp_path):
+    only_steps = ["train.validate_every=0", "train.sample_every=0"]
+    config = override(autoencoder_config, [f"train.init={autoencoder_run}", "train.seed=1", *only_steps])
+    said: list[str] = []
+    train(config, tmp_path / "run", say=said.append)
+    assert f"starting from the parameters of {autoencoder_run}" in said
+    start, end = load_run(autoencoder_run).params, load_run(tmp_path / "run").params
+    # In two steps Adam moves nothing by more than about twice its rate; another seed's parameters are far away.
+    away = max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), start, end)))
+    assert 0 < away < 2.1 * config.optimizer.learning_rate
+    with pytest.raises(UserError, match=r"autoencoder\.[a-z_.0-9]+ has shape \(.*\), and this config makes \("):
+        train(override(config, ["autoencoder.z_dim=4"]), tmp_path / "smaller", say=said.append)
+
+
+def batches_of(config: Config, rows: int = 3, **options) -> ClipBatches:
+    return ClipBatches(clip_source(config.data, 4), config.data, rows, time_stride=4, **options)
+
+
+def test_batches_of_clips_mix_images_and_go_on_where_they_were(autoencoder_config: Config):
+    config = override(autoencoder_config, ["data.image_share=0.5"])
+    batches = batches_of(config)
+    taken = [next(batches) for _ in range(8)]
+    shapes = {batch.shape for batch in taken}
+    # 3 videos of 5 frames are 6 latents, and so are 6 images
+    assert shapes == {(3, 5, 16, 16, 3), (6, 1, 16, 16, 3)}
+    state = json.loads(json.dumps(batches.state()))
+    following = [next(batches) for _ in range(3)]
+    batches.close()
+    again = batches_of(config)
+    next(again)
+    again.restore(state)
+    for batch in following:
+        np.testing.assert_array_equal(next(again), batch)
+    again.close()
+    with pytest.raises(UserError, match="source was"):
+        batches_of(override(config, ["data.seed=1"])).restore(state)
+
+
+def test_processes_share_a_batch_without_overlap(autoencoder_config: Config):
+    whole = batches_of(autoencoder_config, rows=4)
+    parts = [batches_of(autoencoder_config, rows=2, process_index=i, process_count=2) for i in (0, 1)]
+    for number in (0, 3):
+        np.testing.assert_array_equal(np.concatenate([part.batch(number) for part in parts]), whole.batch(number))
+    with pytest.raises(UserError, match="processes was 2 and is 1"):
+        whole.restore(parts[0].state())
+
+
+def test_held_out_clips_are_combinations_that_training_never_shows(autoencoder_config: Config):
+    held_out = clip_source(autoencoder_config.data, 4).held_out(3)
+    assert held_out.shape == (3, 5, 16, 16, 3)
+    scenes = sample_scenes(0, 3, split="heldout", frames=5, height=16, width=16)
+    for scene in scenes:
+        assert any(is_heldout(thing.combination) for thing in scene.objects)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four videos of 9 frames, each of one shade, and a picture."""
+    for shade in (40, 90, 140, 190):
+        frames = np.full((9, 16, 16, 3), shade, np.uint8)
+        write_media(frames, tmp_path / "own" / f"{shade}.mp4", Record("", 0, "none"), fps=8.0)
+    write_media(np.full((1, 16, 16, 3), 240, np.uint8), tmp_path / "own" / "z.png", Record("", 0, "none"))
+    return tmp_path / "own"
+
+
+def test_batches_of_a_folder_of_your_own(folder: Path, autoencoder_config: Config):
+    config = override(autoencoder_config, [f"data.source={folder}", "data.image_share=0.5", "data.held_out=2"])
+    batches = batches_of(config, rows=2)
+    shapes, shades = set(), set()
+    for number in range(12):
+        batch = batches.batch(number)
+        np.testing.assert_array_equal(batch, batches.batch(number))
+        shapes.add(batch.shape)
+        shades |= set((batch.mean(axis=(1, 2, 3, 4)) / 10).round().astype(int).tolist())
+    assert shapes == {(2, 5, 16, 16, 3), (4, 1, 16, 16, 3)}
+    source = clip_source(config.data, 4)
+    held_out = set((source.held_out(3).mean(axis=(1, 2, 3, 4)) / 10).round().astype(int).tolist())
+    assert held_out
+    assert not held_out & shades
+    with pytest.raises(UserError, match="data.held_out is 50"):
+        clip_source(override(config, ["data.held_out=50"]).data, 4)
+
+
+def test_a_size_that_the_autoencoder_cannot_make_is_refused(autoencoder_config: Config, tmp_path: Path):
+    with pytest.raises(UserError, match="7 frames cannot be made"):
+        train(override(autoencoder_config, ["data.frames=7"]), tmp_path, say=lambda line: None)
+
+
+# ----------------------------------------------------------------------------------------------------------- diffusion
+
+
+@pytest.fixture(scope="module")
+def diffusion_config(autoencoder_run: Path) -> Config:
+    return from_dict(
+        {
+            "transformer": {
+                "n_layers": 1,
+                "n_heads": 1,
+                "head_dim": 8,
+                "ffn_dim": 16,
+                "in_channels": 8,
+                "out_channels": 8,
+                "patch": (1, 1, 1),
+                "text_dim": 8,
+                "frequency_dim": 8,
+            },
+            "text_encoder": {"vocab_size": 384, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2},
+            "data": DATA | {"autoencoder": str(autoencoder_run)},
+            "optimizer": {"name": "muon", "warmup_steps": 0},
+            "train": TRAIN,
+            "sample": {"steps": 2, "frames": 5, "height": 16, "width": 16, "prompts": ("a ball", "two balls", "none")},
+        }
+    )
+
+
+@pytest.mark.slow
+def test_diffusion_from_nothing_prepared(diffusion_config: Config, tmp_path: Path):
+    said: list[str] = []
+    train(diffusion_config, tmp_path, say=said.append)
+    assert any(line.startswith("encoding world to") for line in said)
+    cache = LatentSource(tmp_path / "latents")
+    assert len(cache) == 40
+    assert cache[0].latents.shape == (2, 2, 2, 8)
+    first, last = lines(tmp_path)
+    assert np.isfinite(first["loss"])
+    assert sum(name.startswith("validation_loss_0") for name in last) == 10
+    levels = [value for name, value in last.items() if name.startswith("validation_loss_0")]
+    assert last["validation_loss"] == pytest.approx(np.mean(levels), rel=1e-5)
+    # three prompts in a grid of two by two
+    assert read_media(tmp_path / "samples" / "0000002.mp4").frames.shape == (5, 32, 32, 3)
+    # the cache is whole: a second run does not encode
+    said.clear()
+    train(override(diffusion_config, ["train.steps=3"]), tmp_path, say=said.append)
+    assert not any(line.startswith("encoding") for line in said)
+    assert len(lines(tmp_path)) == 3
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_together_is_refused(diffusion_config: Config, tmp_path: Path):
+    for changes, words in (
+        (["transformer.text_dim=16"], "transformer.text_dim 16 is not the width"),
+        ([f"data.latents={tmp_path / 'nothing'}"], "latent cache .*nothing is not there"),
+        (["data.autoencoder=nowhere"], "unknown model 'nowhere'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train(override(diffusion_config, changes), tmp_path / "run", say=lambda line: None)
+    assert not (epath.Path(tmp_path) / "run" / "config.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_grid_and_film_strips():
+    videos = [np.full((4, 2, 3, 3), shade, np.uint8) for shade in (10, 20, 30)]
+    assert grid(videos).shape == (4, 4, 6, 3)
+    assert grid(videos)[0, ::2, ::3, 0].tolist() == [[10, 20], [30, 0]]
+    strip = film_strips([np.arange(9, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 3), np.uint8)], frames=5)
+    assert strip.shape == (2, 15, 3)
+    assert strip[0, ::3, 0].tolist() == [0, 2, 4, 6, 8]
