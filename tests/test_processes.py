@@ -1,0 +1,92 @@
+"""Two processes train one model: SIGTERM to one of them saves the same step in both, and they go on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+STEPS = 60
+SCRIPT = """
+import sys
+from pathlib import Path
+
+import jax
+
+process, address, workdir = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(address, 2, process, initialization_timeout=60, heartbeat_timeout_seconds=15)
+
+import time
+
+import test_train_loop
+from sora_jax.training.loop import train
+
+
+class HalfOfEach(test_train_loop.Counting):
+    def __next__(self):
+        time.sleep(0.02)
+        return super().__next__()[4 * process : 4 * process + 4]
+
+
+config = test_train_loop.config_of("train.steps=STEPS", "train.mesh.data=2", "train.mesh.fsdp=2")
+summary = train(config, workdir, say=print, make_stage=test_train_loop.stage_of(HalfOfEach()))
+print("ended at", summary.step)
+""".replace("STEPS", str(STEPS))
+
+
+def start(script: Path, workdir: Path) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), str(process), address, str(workdir)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for process in (0, 1)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[int]:
+    """The step at which each ended; both must end well."""
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return [int(output.rsplit("ended at ", 1)[1]) for output in outputs]
+
+
+def losses(workdir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_saves_the_same_step_in_both(tmp_path: Path):
+    script = tmp_path / "two.py"
+    script.write_text(SCRIPT)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert finish(start(script, whole)) == [STEPS, STEPS]
+
+    processes = start(script, broken)
+    metrics = broken / "metrics.jsonl"
+    while all(p.poll() is None for p in processes) and not (metrics.exists() and '"step": 5,' in metrics.read_text()):
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    first, second = finish(processes)
+    assert first == second < STEPS
+    assert (broken / "checkpoints" / str(first)).is_dir()
+
+    assert finish(start(script, broken)) == [STEPS, STEPS]
+    assert losses(broken) == losses(whole)
