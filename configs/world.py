@@ -33,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
     }
     config.data = {
         "source": "world",
+        "clips": 40_960,
         "frames": 17,
         "height": 64,
         "width": 64,
