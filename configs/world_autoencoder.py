@@ -5,7 +5,12 @@ shortcuts), trained on the procedural world (sora_jax/data/world).
 
     sora-jax train --config world_autoencoder --workdir runs/world_autoencoder
 
-Two steps between three levels, each halving height, width and frame rate: stride 4 frames, 16x16 pixels.
+Two steps between three levels, each halving height, width and frame rate: stride 4 frames, 16x16 pixels. 4.9 M
+parameters; an encoded clip costs 1.0 GFLOP, a decoded one 4.7.
+
+The sizes, loss and optimizer are those of world-1's autoencoder, which was trained in three phases that this config
+does not have (images, then 5 frames, then 17; docs/world.md): 29.4 dB on held-out clips after 2,406 steps, 28 min on
+two cores.
 """
 
 import ml_collections
@@ -16,10 +21,10 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.autoencoder = {
         "patch_size": 4,
-        "base_dim": 24,
-        "decoder_base_dim": 40,
+        "base_dim": 32,
+        "decoder_base_dim": 48,
         "z_dim": 32,
-        "dim_mult": (1, 4, 4),  # the averaging shortcut into the last level needs two equal entries at the end
+        "dim_mult": (1, 2, 2),  # the averaging shortcut into the last level needs two equal entries at the end
         "num_res_blocks": 1,
         "temperal_downsample": (True, True),
         "is_residual": True,
@@ -33,19 +38,21 @@ def get_config() -> ml_collections.ConfigDict:
         "image_share": 0.3,
     }
     config.optimizer = {
-        "name": "adamw",
-        "learning_rate": 1e-3,
-        "schedule": "cosine",
-        "warmup_steps": 200,
-        "final_fraction": 0.02,
-        "weight_decay": 0.01,
+        "name": "muon",
+        "learning_rate": 2.5e-3,
+        "schedule": "linear",
+        "warmup_steps": 30,
+        "final_fraction": 0.01,
+        "weight_decay": 0.0,
         "clip_norm": 1.0,
     }
+    # Mostly squared error: L1 alone stalls near 19 dB, at the median colour.
+    config.reconstruction = {"l1": 0.3, "l2": 4.0, "gradient": 0.3, "kl": 3e-5}
     config.train = {
         "stage": "autoencoder",
         "steps": 10_000,
-        "batch_size": 16,
-        "ema": 0.999,
+        "batch_size": 6,
+        "ema": 0.995,
         "log_every": 20,
         "validate_every": 500,
         "sample_every": 1000,
