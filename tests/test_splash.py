@@ -41,6 +41,7 @@ def test_kernel_equals_the_definition_with_its_gradients():
 @pytest.mark.parametrize(("topology", "sizes"), [("v5e:2x2", {"data": 2, "tensor": 2}), ("v5p:2x2x1", {"fsdp": 4})])
 def test_long_rows_compile_to_the_kernel_on_a_tpu_mesh(topology, sizes):
     """Forward and backward of 4,096 tokens in bfloat16, sharded over rows and heads."""
+    pytest.importorskip("libtpu", reason="the TPU compiler comes with the tpu extra")
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
 
