@@ -34,14 +34,12 @@ from sora_jax.errors import UserError, nearest
 from sora_jax.media import check_writable, write_media
 from sora_jax.models.autoencoder import Autoencoder, decode_stream, encode_stream
 from sora_jax.models.text_encoder import TextEncoder
-from sora_jax.models.transformer import Transformer
+from sora_jax.models.transformer import MODEL_TIME, Transformer
 from sora_jax.record import Record
 from sora_jax.shapes import Condition, Extent, frames_for_seconds
 from sora_jax.tokens.patchify import patchify, unpatchify
 from sora_jax.weights.layout import INDEX, ModelFolder, load_folder
 from sora_jax.weights.shipped import find_model
-
-MODEL_TIME = 1000.0  # the model's time is 1000 * sigma
 
 OUTPUTS = ("uint8", "float32")
 

@@ -20,10 +20,10 @@ from sora_jax.config import Config
 from sora_jax.diffusion.guidance import classifier_free_guidance, guided_condition
 from sora_jax.diffusion.sampler import SamplerState, denoise, find_solver
 from sora_jax.models.text_encoder import TextEncoder
-from sora_jax.models.transformer import Transformer
+from sora_jax.models.transformer import MODEL_TIME, Transformer
 from sora_jax.shapes import Condition
 from sora_jax.tokens.packing import PackedRows
-from sora_jax.training.diffusion_step import MODEL_TIME, DiffusionModules, make_diffusion_step
+from sora_jax.training.diffusion_step import DiffusionModules, make_diffusion_step
 from sora_jax.training.optimizer import make_optimizer
 from sora_jax.training.state import TrainState, abstract_state, init_state, make_init
 

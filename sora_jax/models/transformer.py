@@ -49,6 +49,9 @@ REMAT: Mapping[str, Callable[..., Any] | None] = {
 }
 
 
+MODEL_TIME = 1000.0  # the model's time is 1000 * sigma
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
     """Sizes of the transformer; the defaults are Wan 2.1 1.3B."""

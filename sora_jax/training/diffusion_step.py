@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from sora_jax.diffusion.flow import flow_loss, mix, spread, velocity_target
 from sora_jax.diffusion.levels import Levels, LevelsConfig, draw_levels
+from sora_jax.models.transformer import MODEL_TIME
 from sora_jax.shapes import Condition
 from sora_jax.tokens.packing import PackedRows
 from sora_jax.training.state import TrainState, apply_gradients
@@ -27,7 +28,6 @@ Step = Callable[[TrainState, PackedRows], tuple[TrainState, dict[str, Float[Arra
 Validate = Callable[[Mapping[str, Any], PackedRows], dict[str, Float[Array, ""]]]
 
 VALIDATION_LEVELS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
-MODEL_TIME = 1000.0  # the model's time is 1000 * sigma
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from sora_jax.diffusion.sampler import denoise, find_solver, level_schedule, sch
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder
 from sora_jax.models.tokenizer import ByteTokenizer
+from sora_jax.models.transformer import MODEL_TIME
 from sora_jax.shapes import Condition, Extent, latent_extent, token_extent
 from sora_jax.tokens.packing import Clip, PackedRows, fill_rows
 from sora_jax.tokens.patchify import unpatchify
 from sora_jax.training.autoencoder_step import MODULE
-from sora_jax.training.diffusion_step import MODEL_TIME, DiffusionModules, condition_of
+from sora_jax.training.diffusion_step import DiffusionModules, condition_of
 from sora_jax.training.pretrained import load_autoencoder
 
 if TYPE_CHECKING:
