@@ -67,6 +67,7 @@ def conv_3d(x: Float[Array, "B T H W C"], kernel: Float[Array, "kt kh kw C O"], 
     return jax.lax.conv_general_dilated(x, kernel, (1, 1, 1), pad, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def conv_2d_sum(
     x: Float[Array, "B T H W C"], kernel: Float[Array, "kt kh kw C O"], lead: int
 ) -> Float[Array, "B _ H W O"]:
@@ -74,13 +75,17 @@ def conv_2d_sum(
 
     XLA on the CPU runs this 2 to 4 times as fast as a 3-D convolution; on TPU the 3-D form is the fast one.
     """
+    return _sum_of_taps(x, kernel, lead)
+
+
+def _sum_of_taps(x: jax.Array, kernel: jax.Array, lead: int) -> jax.Array:
     frames = x.shape[1] - lead
     total: jax.Array | None = None
     for back in range(kernel.shape[0]):  # the tap that reads `back` frames earlier
         start, stop = max(lead - back, 0), lead - back + frames
         if stop <= 0:
             continue
-        y = conv_frames(x[:, start:stop], kernel[kernel.shape[0] - 1 - back])
+        y = _conv_2d(x[:, start:stop], kernel[kernel.shape[0] - 1 - back], 1, _same(kernel.shape[1:3]))
         if y.shape[1] < frames:
             y = jnp.pad(y, ((0, 0), (frames - y.shape[1], 0), (0, 0), (0, 0), (0, 0)))
         total = y if total is None else total + y
@@ -88,17 +93,97 @@ def conv_2d_sum(
     return total
 
 
-def conv_frames(
-    x: Float[Array, "B T H W C"],
-    kernel: Float[Array, "kh kw C O"],
-    stride: int = 1,
-    padding: Any = "SAME",
-) -> Float[Array, "B T _ _ O"]:
-    """A 2-D convolution of every frame."""
+def _conv_2d_sum_forward(x: jax.Array, kernel: jax.Array, lead: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _sum_of_taps(x, kernel, lead), (x, kernel)
+
+
+def _conv_2d_sum_backward(
+    lead: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    taps = kernel.shape[0]
+    (dx,) = jax.linear_transpose(lambda x: _sum_of_taps(x, kernel, lead), x)(dy)
+    # For each tap, dy at the time of the input frame that it reads; side by side, so that one product serves all taps.
+    zero = jnp.zeros((), dy.dtype)
+    still = (0, 0, 0)
+    shifted = [
+        jax.lax.pad(dy, zero, (still, (lead - back, back, 0), still, still, still)) for back in reversed(range(taps))
+    ]
+    d_kernel = _kernel_gradient(x, jnp.concatenate(shifted, axis=-1), kernel.shape[1:3], 1, _same(kernel.shape[1:3]))
+    return dx, rearrange(d_kernel, "kh kw c (kt o) -> kt kh kw c o", kt=taps).astype(kernel.dtype)
+
+
+conv_2d_sum.defvjp(_conv_2d_sum_forward, _conv_2d_sum_backward)
+
+Padding = tuple[tuple[int, int], tuple[int, int]]  # above and below, left and right
+
+
+def _same(size: tuple[int, ...]) -> Padding:
+    return (size[0] // 2, size[0] // 2), (size[1] // 2, size[1] // 2)
+
+
+def _conv_2d(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+    """A 2-D convolution of every frame of [B, T, H, W, C]."""
     y = jax.lax.conv_general_dilated(
         x.reshape(-1, *x.shape[2:]), kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+def _kernel_gradient(
+    x: Float[Array, "B T H W C"], dy: Float[Array, "B T h w O"], size: tuple[int, ...], stride: int, padding: Padding
+) -> Float[Array, "kh kw C O"]:
+    """The gradient of a 2-D convolution's kernel, one matrix product per tap.
+
+    XLA's CPU compiler makes one convolution of it whose window is the whole frame, which takes four times as long at
+    16x16 pixels.
+    """
+    x = jnp.pad(x, ((0, 0), (0, 0), *padding, (0, 0)))
+    rows = dy.reshape(-1, dy.shape[-1])
+
+    def tap(i: int, j: int) -> jax.Array:
+        high, wide = (stride * (n - 1) + 1 for n in dy.shape[2:4])
+        read = x[:, :, i : i + high : stride, j : j + wide : stride].reshape(-1, x.shape[-1])
+        return jax.lax.dot_general(read, rows, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+    return jnp.stack([jnp.stack([tap(i, j) for j in range(size[1])]) for i in range(size[0])])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv_frames_by_taps(
+    x: Float[Array, "B T H W C"], kernel: Float[Array, "kh kw C O"], stride: int, padding: Padding
+) -> Float[Array, "B T _ _ O"]:
+    """A 2-D convolution of every frame, with the gradient of its kernel tap by tap."""
+    return _conv_2d(x, kernel, stride, padding)
+
+
+def _by_taps_forward(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: Padding
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _conv_2d(x, kernel, stride, padding), (x, kernel)
+
+
+def _by_taps_backward(
+    stride: int, padding: Padding, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    (dx,) = jax.linear_transpose(lambda x: _conv_2d(x, kernel, stride, padding), x)(dy)
+    return dx, _kernel_gradient(x, dy, kernel.shape[:2], stride, padding).astype(kernel.dtype)
+
+
+conv_frames_by_taps.defvjp(_by_taps_forward, _by_taps_backward)
+
+
+def conv_frames(
+    x: Float[Array, "B T H W C"], kernel: Float[Array, "kh kw C O"], stride: int, padding: Padding
+) -> Float[Array, "B T _ _ O"]:
+    """A 2-D convolution of every frame; on the CPU with a gradient of its own."""
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=lambda x, k: conv_frames_by_taps(x, k, stride, padding),
+        default=lambda x, k: _conv_2d(x, k, stride, padding),
+    )
 
 
 def causal_conv(
@@ -112,7 +197,7 @@ def causal_conv(
     lead = 0 if past is None else kernel.shape[0] - 1
     frames = x if past is None else jnp.concatenate([past, x], axis=1)
     return jax.lax.platform_dependent(
-        frames, kernel, cpu=partial(conv_2d_sum, lead=lead), default=partial(conv_3d, lead=lead)
+        frames, kernel, cpu=lambda x, k: conv_2d_sum(x, k, lead), default=partial(conv_3d, lead=lead)
     )
 
 
@@ -154,7 +239,7 @@ class FrameConv(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T _ _ O"]:
         # A strided convolution pads below and to the right only, as the open weights were trained.
-        pad = "SAME" if self.stride == 1 else ((0, 1), (0, 1))
+        pad = _same((3, 3)) if self.stride == 1 else ((0, 1), (0, 1))
         return conv_frames(x, self.kernel[...].astype(x.dtype), self.stride, pad) + self.bias[...].astype(x.dtype)
 
 
