@@ -45,12 +45,14 @@ class DataConfig:
     frames: int = 17
     height: int = 64
     width: int = 64
+    sizes: tuple[tuple[int, int], ...] = ()  # of the world's clips in turn, (height, width); () = height x width alone
     fps: float = 8.0
     image_share: float = 0.3  # of the clips, cut to one frame
     prefix_share: float = 0.0  # of the clips, cut to a shorter one (diffusion stage)
     caption_dropout: float = 0.1  # of the clips, with the empty prompt, for classifier-free guidance
     row_tokens: int = 80  # N: tokens in a row
     row_text: int = 160  # L: text tokens in a row
+    skip_long_captions: bool = False  # of a clip's captions only those that fit a row; else one too long is an error
     groups: int = 5  # G: noise levels in a row
     workers: int = 0  # loader processes; 0 = threads of this one
     seed: int = 0
@@ -70,7 +72,7 @@ class MeshConfig:
 class TrainConfig:
     """The run. Intervals are in steps, 0 = never."""
 
-    stage: Literal["autoencoder", "diffusion"] = "diffusion"
+    stage: Literal["autoencoder", "text", "diffusion"] = "diffusion"
     steps: int = 10_000
     batch_size: int = 64  # B: rows a step in the diffusion stage, clips a step in the autoencoder stage
     seed: int = 0

@@ -158,7 +158,7 @@ def test_clips_that_cannot_be_read(encode, tmp_path):
 
 def test_sizes_that_do_not_fit_leave_nothing_behind(encode, tmp_path):
     source = Clips([5])
-    source.extent = Extent(5, 8, 10)
+    source.extents = (Extent(5, 8, 10),)
     with pytest.raises(UserError, match="width 10 cannot be made: it must be a multiple of 4; nearest: 8 or 12"):
         encode(source)
     assert not (tmp_path / "cache").exists()

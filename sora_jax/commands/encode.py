@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 HELP = "encode clips to a cache of latents for training; goes on where it stopped"
 EXAMPLES = """
     sora-jax encode world --clips 100000 --out latents/world
+    sora-jax encode world --clips 100000 --out latents/shapes --sizes 64x64,64x96,96x64
     sora-jax encode my_videos --out latents/mine --height 128 --width 192 --fps 8
     sora-jax encode world --split heldout --clips 256 --out gs://bucket/heldout --autoencoder runs/autoencoder
 """
@@ -36,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=17, metavar="N", help="most frames of a clip, 1 + 4k (17)")
     parser.add_argument("--height", type=int, default=64, metavar="PIXELS", help="of the clips (64)")
     parser.add_argument("--width", type=int, default=64, metavar="PIXELS", help="of the clips (64)")
+    parser.add_argument(
+        "--sizes", metavar="HxW,HxW,...", help="of the world's clips in turn, in place of --height and --width"
+    )
     parser.add_argument("--fps", type=float, metavar="RATE", help="a folder's videos are sampled at this rate (8)")
     parser.add_argument("--clips", type=int, metavar="N", help="how many clips of the world")
     parser.add_argument("--seed", type=int, metavar="N", help="which clips of the world (0)")
@@ -100,6 +104,7 @@ def _check_world_flags(args: argparse.Namespace) -> None:
         ("--clips", args.clips, world),
         ("--seed", args.seed, world),
         ("--split", args.split, world),
+        ("--sizes", args.sizes, world),
         ("--fps", args.fps, not world),
     ):
         if value is not None and not wanted:
@@ -118,8 +123,21 @@ def _source(args: argparse.Namespace, step: int) -> WorldClips | FolderSource:
 
     size = {"frames": args.frames, "height": args.height, "width": args.width}
     if args.source == "world":
-        return WorldClips(args.clips, seed=args.seed or 0, split=args.split or "train", **size)
+        return WorldClips(
+            args.clips, seed=args.seed or 0, split=args.split or "train", sizes=_sizes(args.sizes), **size
+        )
     return FolderSource(args.source, fps=8.0 if args.fps is None else args.fps, step=step, **size)
+
+
+def _sizes(text: str | None) -> list[tuple[int, int]]:
+    """The sizes that "64x64,64x96" names, as (height, width)."""
+    found = []
+    for part in text.split(",") if text else ():
+        height, x, width = part.strip().partition("x")
+        if not (x and height.isdecimal() and width.isdecimal()):
+            raise UserError(f'--sizes takes HxW,HxW,..., say 64x64,64x96: "{part}" is no size')
+        found.append((int(height), int(width)))
+    return found
 
 
 @contextmanager

@@ -227,6 +227,8 @@ def _refuse_misfits(source: LatentSource, tokenize: Tokenize, options: LoaderOpt
         tokens = frames * height * width // (options.patch.time * options.patch.height * options.patch.width)
         shape = ClipShape(tokens, 1, frames // options.patch.time)
         fit.place(0, shape, f"a clip of {frames}x{height}x{width} latents in {source.path}")
+    if options.skip_long_captions:
+        return
     caption = source.longest_caption
     fit.place(0, ClipShape(1, len(tokenize(caption)), 1), f'the caption "{caption[:40]}..." in {source.path}')
 

@@ -30,6 +30,7 @@ from sora_jax.errors import UserError
 from sora_jax.shapes import Extent
 
 MAX_UNREADABLE_SHARE = 0.05
+SIZE_RUN = 64  # clips of one size that follow each other, in a world of several sizes
 _CAPTIONS = 0x4C415445  # keeps these captions apart from those that the world's own source draws
 
 
@@ -45,8 +46,8 @@ class Clips(Protocol):
         ...
 
     @property
-    def extent(self) -> Extent:
-        """(frames, height, width) of the longest clips; the others are shorter, and as high and wide."""
+    def extents(self) -> tuple[Extent, ...]:
+        """(frames, height, width) of the longest clips of every size; the others are shorter, and as high and wide."""
         ...
 
     def batch(self, indices: Sequence[int]) -> list[dict[str, Any] | str]: ...
@@ -111,8 +112,8 @@ class FolderSource:
         return len(self._clips)
 
     @property
-    def extent(self) -> Extent:
-        return Extent(self.frames, self.height, self.width)
+    def extents(self) -> tuple[Extent, ...]:
+        return (Extent(self.frames, self.height, self.width),)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Clip `index`. Raises `UnreadableError`."""
@@ -168,7 +169,11 @@ class FolderSource:
 
 class WorldClips:
     """Clips of the procedural world, each with several captions: 4 short and 2 dense ones of the clip, and of its first
-    frame 2 short ones and a dense one."""
+    frame 2 short ones and a dense one.
+
+    With `sizes`, (height, width) pairs, these take turns, `SIZE_RUN` clips each, so that most batches are of one size;
+    without, all clips are `height` x `width`.
+    """
 
     def __init__(
         self,
@@ -179,33 +184,43 @@ class WorldClips:
         frames: int = 17,
         height: int = 64,
         width: int = 64,
+        sizes: Sequence[tuple[int, int]] = (),
         mix: Mix | None = None,
     ):
         if clips < 1:
             raise UserError(f"a world has at least 1 clip, not {clips}")
-        self._world = WorldSource(seed, clips, split, frames=frames, height=height, width=width, mix=mix or Mix())
+        self._worlds = [
+            WorldSource(seed, clips, split, frames=frames, height=h, width=w, mix=mix or Mix())
+            for h, w in sizes or ((height, width),)
+        ]
 
     def __len__(self) -> int:
-        return len(self._world)
+        return len(self._worlds[0])
 
     @property
     def identity(self) -> dict[str, Any]:
-        world = self._world
+        world = self._worlds[0]
+        size: dict[str, Any] = {"height": world.height, "width": world.width}
+        if len(self._worlds) > 1:
+            size = {"sizes": [[each.height, each.width] for each in self._worlds]}
         return {
             "world": world.split,
             "seed": world.seed,
             "frames": world.frames,
-            "height": world.height,
-            "width": world.width,
+            **size,
             "mix": dataclasses.asdict(world.mix),
         }
 
     @property
-    def extent(self) -> Extent:
-        return Extent(self._world.frames, self._world.height, self._world.width)
+    def extents(self) -> tuple[Extent, ...]:
+        return tuple(Extent(world.frames, world.height, world.width) for world in self._worlds)
 
     def batch(self, indices: Sequence[int]) -> list[dict[str, Any] | str]:
-        return [self._captioned(item) for item in self._world.batch(indices)]
+        made: dict[int, dict[str, Any]] = {}
+        for number, world in enumerate(self._worlds):
+            here = [index for index in indices if index // SIZE_RUN % len(self._worlds) == number]
+            made |= {index: self._captioned(item) for index, item in zip(here, world.batch(here), strict=True)}
+        return [made[index] for index in indices]
 
     def _captioned(self, item: dict[str, Any]) -> dict[str, Any]:
         scene = item["scene"]
@@ -217,5 +232,5 @@ class WorldClips:
             "captions": [*short, *dense[:2]],
             "captions_image": [*short_still, dense_still[0]],
             "fps": float(item["fps"]),
-            "source": f"world/{self._world.split}/{scene.seed}/{scene.index}",
+            "source": f"world/{self._worlds[0].split}/{scene.seed}/{scene.index}",
         }

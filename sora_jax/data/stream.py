@@ -51,6 +51,7 @@ class LoaderOptions:
     image_share: float = 0.0  # of the clips, cut to their first frame, with a caption of that frame
     prefix_share: float = 0.0  # of the clips, cut to a shorter clip of at least 2 latents
     caption_dropout: float = 0.0  # of the clips, with the empty prompt
+    skip_long_captions: bool = False  # of a clip's captions only those that fit a row; else one too long is an error
     shuffle: bool = True
     epochs: int | None = None  # None: for ever
     plan_steps: int = 1  # steps planned together, so that rows of like cost come in one step
@@ -94,9 +95,15 @@ class Element(NamedTuple):
 
 
 def cut_and_caption(
-    record: LatentRecord, rng: np.random.Generator, image_share: float, prefix_share: float
+    record: LatentRecord,
+    rng: np.random.Generator,
+    image_share: float,
+    prefix_share: float,
+    most_bytes: int = sys.maxsize,
 ) -> tuple[np.ndarray, str]:
     """The latents of the clip, or of a first part of it, and one caption that is true of that part.
+
+    Captions of more than `most_bytes` are left out where there are others.
 
     One or two latents are an image or less than a second, in which hardly anything happens, so these take a caption
     of the first frame; a clip that has none is not cut so short.
@@ -111,6 +118,7 @@ def cut_and_caption(
     else:
         keep = frames
     captions = record.captions_image if keep < min(frames, 3) else record.captions
+    captions = tuple(text for text in captions if len(text.encode()) <= most_bytes) or captions
     return record.latents[:keep], captions[int(which * len(captions))] if captions else ""
 
 
@@ -135,7 +143,8 @@ class Elements:
         except BadRecordError as error:
             return Element(number, record, None, np.zeros(0, np.int32), str(error))
         rng = random_stream(options.seed, number)
-        latents, caption = cut_and_caption(clip, rng, options.image_share, options.prefix_share)
+        most_bytes = options.row_text - 1 if options.skip_long_captions else sys.maxsize
+        latents, caption = cut_and_caption(clip, rng, options.image_share, options.prefix_share, most_bytes)
         if rng.random() < options.caption_dropout:
             caption = ""
         return Element(number, record, latents, np.asarray(self.tokenize(caption), np.int32), clip.source)

@@ -57,9 +57,9 @@ def reference_attention(
     scores = jnp.where(seen[:, None], scores, MASKED)  # [B, K, N, M]
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum("bknm,bkmd->bknd", weights.astype(v.dtype), v) / total.astype(v.dtype)
+    out = jnp.einsum("bknm,bkmd->bknd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
     out = jnp.where(jnp.any(seen, axis=-1)[:, None, :, None], out, 0.0)  # the queries that see nothing
-    return jnp.swapaxes(out, 1, 2)
+    return jnp.swapaxes(out, 1, 2).astype(v.dtype)
 
 
 def blockwise_attention(

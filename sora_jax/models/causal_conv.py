@@ -97,9 +97,7 @@ def _conv_2d_sum_forward(x: jax.Array, kernel: jax.Array, lead: int) -> tuple[ja
     return _sum_of_taps(x, kernel, lead), (x, kernel)
 
 
-def _conv_2d_sum_backward(
-    lead: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _conv_2d_sum_backward(lead: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     taps = kernel.shape[0]
     (dx,) = jax.linear_transpose(lambda x: _sum_of_taps(x, kernel, lead), x)(dy)

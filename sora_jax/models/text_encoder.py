@@ -176,5 +176,6 @@ class TextEncoder(nnx.Module):
             return nnx.merge(graphdef, params)(x, text_ids), None
 
         # Inside a scan nothing can be hoisted out of the recomputation, so its barriers are not needed.
-        x, _ = jax.lax.scan(jax.checkpoint(block, prevent_cse=False) if remat else block, x, blocks)
+        body = jax.checkpoint(block, prevent_cse=False) if remat else block
+        x, _ = jax.lax.scan(body, x, blocks, unroll=self.config.num_layers <= layers.UNROLLED)
         return jnp.where((text_ids != 0)[..., None], self.norm(x), 0)

@@ -29,6 +29,7 @@ from sora_jax.diffusion.flow import spread
 from sora_jax.errors import UserError, nearest
 from sora_jax.models.attention import attention
 from sora_jax.models.layers import (
+    UNROLLED,
     LayerNorm,
     Linear,
     RMSNorm,
@@ -227,7 +228,7 @@ class Transformer(nnx.Module):
         policy = REMAT[cfg.remat]
         if policy is not None:
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x, _ = jax.lax.scan(body, x, layers)  # [B, N, D]
+        x, _ = jax.lax.scan(body, x, layers, unroll=cfg.n_layers <= UNROLLED)  # [B, N, D]
 
         rows = level[:, :, None] + self.head_modulation[...]  # [B, G, 2, D]
         shift, scale = (spread(rows[:, :, i], condition.level_ids) for i in (0, 1))

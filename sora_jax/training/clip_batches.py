@@ -5,8 +5,6 @@ Batch b is a function of (seed, b): whether it is of videos or of images, and wh
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +14,7 @@ from jaxtyping import UInt8
 from sora_jax.data.sources import FolderSource
 from sora_jax.data.world import WorldSource
 from sora_jax.errors import UserError
+from sora_jax.training.numbered_batches import NumberedBatches
 
 if TYPE_CHECKING:
     from sora_jax.config import DataConfig
@@ -32,7 +31,7 @@ class ClipSource(NamedTuple):
     identity: Mapping[str, Any]  # what must be the same for a run to go on, as JSON
 
 
-class ClipBatches:
+class ClipBatches(NumberedBatches):
     """Endless uint8 [B, T, H, W, 3]; with probability `image_share` a batch of images, T = 1.
 
     A batch of images has as many latents as one of videos: `rows` * (1 + (T - 1) / time_stride) of them.
@@ -53,37 +52,13 @@ class ClipBatches:
         self._source, self._data, self._rows = source, data, rows
         self._images = rows * (1 + (data.frames - 1) // time_stride)
         self._process_index, self._process_count = process_index, process_count
-        self._prefetch = prefetch
-        self._next = 0
-        self._worker: _Worker | None = None
-
-    def __next__(self) -> Clips:
-        if self._worker is None:
-            self._worker = _Worker(self.batch, self._next, self._prefetch)
-        batch = self._worker.take()
-        self._next += 1
-        return batch
+        super().__init__(self.batch, {"processes": process_count, "source": dict(source.identity)}, prefetch=prefetch)
 
     def batch(self, number: int) -> Clips:
         """This process's part of batch `number`."""
         images = bool(np.random.default_rng((self._data.seed, number)).random() < self._data.image_share)
         part = number * self._process_count + self._process_index
         return self._source.draw(part, self._images if images else self._rows, images)
-
-    def state(self) -> dict[str, Any]:
-        return {"next": self._next, "processes": self._process_count, "source": dict(self._source.identity)}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        for name, now in self.state().items():
-            if name != "next" and state[name] != now:
-                raise UserError(f"the data cannot go on where it stopped: {name} was {state[name]} and is {now}")
-        self.close()
-        self._next = int(state["next"])
-
-    def close(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
@@ -148,39 +123,3 @@ def _folder(data: DataConfig, time_stride: int) -> ClipSource:
         return np.stack([found[row % len(found)] for row in range(rows)])
 
     return ClipSource(draw, held_out, source.identity)
-
-
-class _Worker:
-    """A thread that makes batches `first`, `first` + 1, ... and keeps `ahead` of them ready."""
-
-    def __init__(self, make: Callable[[int], Clips], first: int, ahead: int):
-        self._make = make
-        self._ready: queue.Queue[Clips | BaseException] = queue.Queue(max(ahead, 1))
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(first,), name="clip-batches", daemon=True)
-        self._thread.start()
-
-    def _run(self, number: int) -> None:
-        while not self._stop.is_set():
-            item: Clips | BaseException
-            try:
-                item = self._make(number)
-            except BaseException as error:  # noqa: BLE001 (raised again where the batch is taken)
-                item = error
-            while not self._stop.is_set():
-                try:
-                    self._ready.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            number += 1
-
-    def take(self) -> Clips:
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()

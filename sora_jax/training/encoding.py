@@ -67,21 +67,24 @@ def encode_clips(
     was cut short. `name` is the autoencoder's, for people.
 
     Batches have `batch_size` clips (rounded up to the devices of `mesh`, by default all), split over the devices, while
-    `threads` read or render the next ones. One program encodes all videos and one all images: a clip shorter than the
-    longest is filled up at its end, which a causal autoencoder does not see, and cut again.
+    `threads` read or render the next ones. For each size one program encodes all videos and one all images: a clip
+    shorter than the longest is filled up at its end, which a causal autoencoder does not see, and cut again.
 
     Raises `UserError` when `out` holds latents of another autoencoder or source, when clips do not fit the
     autoencoder, or when more than 5 % of the clips cannot be read.
     """
     if batch_size < 1 or threads < 1:
         raise UserError(f"a batch has at least 1 clip and is read by 1 thread, not {batch_size} and {threads}")
-    latent_extent(source.extent, config.stride)  # before anything is written
+    for extent in source.extents:  # before anything is written
+        latent_extent(extent, config.stride)
     started = time.monotonic()
     info = CacheInfo(name, autoencoder_hash(config, params), config.stride, config.z_dim, source.identity)
     total = len(source)
     writer = LatentWriter(out, info, clips=total, clips_per_shard=clips_per_shard)
     before, done = writer.count, writer.done
-    encoder = _Encoder(config, params, mesh or sharding.make_mesh(), source.extent.frames, batch_size, jnp.dtype(dtype))
+    encoder = _Encoder(
+        config, params, mesh or sharding.make_mesh(), source.extents[0].frames, batch_size, jnp.dtype(dtype)
+    )
     if progress is not None:
         progress(done, total)
     for shard in writer.missing():
@@ -142,7 +145,7 @@ def _encode(
 
 
 class _Encoder:
-    """Batches of clips -> latents, by one program for videos of `frames` frames and one for images."""
+    """Batches of clips -> latents, by one program for videos of `frames` frames and one for images, of each size."""
 
     def __init__(
         self, config: AutoencoderConfig, params: nnx.State, mesh: Mesh, frames: int, batch_size: int, dtype: jnp.dtype
@@ -167,12 +170,12 @@ class _Encoder:
 
     def _start(self, videos: list[np.ndarray]) -> list[tuple[int, int, jax.Array]]:
         """For each video its row and its number of latents in an array that is being computed."""
-        sent: dict[int, list[int]] = collections.defaultdict(list)  # length of a program's videos -> which
+        sent: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)  # shape of a program's videos -> which
         for number, video in enumerate(videos):
-            sent[1 if len(video) == 1 else self._frames].append(number)
+            sent[(1 if len(video) == 1 else self._frames, *video.shape[1:])].append(number)
         result: dict[int, tuple[int, int, jax.Array]] = {}
-        for frames, numbers in sent.items():
-            pixels = np.zeros((self._rows, frames, *videos[0].shape[1:]), np.uint8)
+        for shape, numbers in sent.items():
+            pixels = np.zeros((self._rows, *shape), np.uint8)
             for row, number in enumerate(numbers):
                 video = videos[number]
                 pixels[row, : len(video)], pixels[row, len(video) :] = video, video[-1]

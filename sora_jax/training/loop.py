@@ -33,6 +33,7 @@ from sora_jax.record import Record
 from sora_jax.runtime import compute_dtype
 from sora_jax.training import stages
 from sora_jax.training.checkpoint import Checkpoints
+from sora_jax.training.files import write_text
 from sora_jax.training.metrics import Averages, Clock, LateMetrics, MetricsWriter, peak_flops
 from sora_jax.training.optimizer import count_parameters, make_optimizer, make_schedule
 from sora_jax.training.pretrained import load_modules
@@ -102,8 +103,9 @@ def train(
         params = load_modules(settings.init, shapes.params, mesh) if settings.init else None
         state = init_state(init, key, mesh)
         if params is not None:
-            state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
-            say(f"starting from the parameters of {settings.init}")
+            started = state.params | params
+            state = state.replace(params=started, ema=jax.tree.map(jnp.copy, started))
+            say(f"starting from {', '.join(params)} of {settings.init}")
     else:
         start, averages = restored.step, Averages(restored.notes["averages"])
         stage.batches.restore(restored.notes["batches"])
@@ -156,6 +158,8 @@ def train(
             "batches": stage.batches.state(),
             "averages": averages.state(),
         }
+        if stage.describe_checkpoint:
+            stage.describe_checkpoint(state.ema)
         checkpoints.save(step, state, notes)
         writer.upload()
 
@@ -292,14 +296,6 @@ def refuse_other_config(config: Config, workdir: epath.Path, force: bool) -> Non
             f"{workdir} was made by another config ({'; '.join(changes)}); "
             "give another workdir, or --force to go on in this one"
         )
-
-
-def write_text(path: epath.Path, text: str) -> None:
-    """The whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / (path.name + ".partial")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,11 +20,13 @@ from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sora_jax.models.text_encoder import TextEncoder
 from sora_jax.models.transformer import Transformer
 from sora_jax.training.checkpoint import Checkpoints
+from sora_jax.training.text_step import Reader
 from sora_jax.weights.component import load_component
 from sora_jax.weights.shipped import find_model
 from sora_jax.weights.umt5 import TEXT_ENCODER
 from sora_jax.weights.wan import AUTOENCODER, TRANSFORMER
 
+LATENT_STATISTICS = "latents.json"  # in the workdir of an autoencoder's run: mean and std of each latent channel
 FOLDERS = {"transformer": TRANSFORMER, "text_encoder": TEXT_ENCODER, "autoencoder": AUTOENCODER}
 
 
@@ -31,7 +35,7 @@ class Run(NamedTuple):
 
     config: Config
     step: int
-    params: dict[str, nnx.State]  # the averages, by module: "transformer" and "text_encoder", or "autoencoder"
+    params: dict[str, nnx.State]  # the averages, by module: "transformer", "text_encoder", "reader", "autoencoder"
 
 
 def abstract_modules(config: Config) -> dict[str, nnx.State]:
@@ -40,10 +44,11 @@ def abstract_modules(config: Config) -> dict[str, nnx.State]:
     if config.train.stage == "autoencoder":
         make = {"autoencoder": lambda: Autoencoder(config.autoencoder, rngs=nnx.Rngs(0))}
     else:
-        make = {
-            "transformer": lambda: Transformer(config.transformer, rngs=nnx.Rngs(0)),
-            "text_encoder": lambda: TextEncoder(config.text_encoder, rngs=nnx.Rngs(0)),
-        }
+        make = {"text_encoder": lambda: TextEncoder(config.text_encoder, rngs=nnx.Rngs(0))}
+        if config.train.stage == "text":
+            make["reader"] = lambda: Reader(config.text_encoder.d_model, rngs=nnx.Rngs(0))
+        else:
+            make["transformer"] = lambda: Transformer(config.transformer, rngs=nnx.Rngs(0))
     return {name: nnx.split(nnx.eval_shape(module), graph=False)[1] for name, module in make.items()}
 
 
@@ -85,31 +90,42 @@ def find_pretrained(name: str) -> epath.Path:
 
 
 def load_modules(name: str, modules: Mapping[str, Any], mesh: Mesh | None = None) -> dict[str, nnx.State]:
-    """The parameters of these modules (given as shapes, by name) in the model or run `name`; refuses other shapes."""
+    """The parameters of these modules (given as shapes, by name) in the model or run `name`; refuses other shapes.
+
+    A run that has trained only some of them (a text encoder that can read) gives these; one that has none is refused.
+    """
     path = find_pretrained(name)
     loaded = load_run(path, mesh).params if is_workdir(path) else {}
+    if is_workdir(path) and not loaded.keys() & modules.keys():
+        raise UserError(f"{path} has trained {', '.join(loaded)} and no {' or '.join(modules)}")
     result = {}
     for module, shapes in modules.items():
         if is_workdir(path):
             if module not in loaded:
-                raise UserError(f"{path} has trained {', '.join(loaded)} and no {module}")
+                continue
             params = loaded[module]
-        else:
+        elif module in FOLDERS:
             params = load_component(path / FOLDERS[module].folder, FOLDERS[module], mesh=mesh)[1]
+        else:  # the text stage's reader belongs to no model
+            continue
         _refuse_other_shapes(path, module, params, shapes)
         result[module] = params
     return result
 
 
 def load_autoencoder(name: str) -> tuple[AutoencoderConfig, nnx.State]:
-    """Config and parameters of the autoencoder in a model or run."""
+    """Config and parameters of the autoencoder in a model or run; with the latent statistics that a run measured."""
     path = find_pretrained(name)
     if not is_workdir(path):
         return load_component(path / AUTOENCODER.folder, AUTOENCODER)
     run = load_run(path)
     if "autoencoder" not in run.params:
         raise UserError(f"{path} has trained {', '.join(run.params)} and no autoencoder")
-    return run.config.autoencoder, run.params["autoencoder"]
+    config, statistics = run.config.autoencoder, path / LATENT_STATISTICS
+    if statistics.exists():
+        measured = json.loads(statistics.read_text())
+        config = dataclasses.replace(config, latents_mean=tuple(measured["mean"]), latents_std=tuple(measured["std"]))
+    return config, run.params["autoencoder"]
 
 
 def _refuse_other_shapes(path: epath.Path, module: str, params: nnx.State, shapes: nnx.State) -> None:

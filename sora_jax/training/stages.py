@@ -1,11 +1,13 @@
-"""The two stages of training, as the loop sees them: parameters, a step, batches, a validation and samples.
+"""The stages of training, as the loop sees them: parameters, a step, batches, a validation and samples.
 
 autoencoder   clips ──────────────────────► reconstruction loss
+text          captions ───────────────────► what they say; the text encoder learns to read
 diffusion     cached latents, packed rows ► velocity loss; text encoder and transformer together
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,14 +34,25 @@ from sora_jax.models.transformer import Transformer, TransformerConfig
 from sora_jax.shapes import Extent, latent_extent
 from sora_jax.tokens.packing import PackedRows
 from sora_jax.training.autoencoder_step import MODULE, make_autoencoder_step
-from sora_jax.training.clip_batches import ClipBatches, clip_source
+from sora_jax.training.clip_batches import ClipBatches, ClipSource, clip_source
 from sora_jax.training.diffusion_step import DiffusionModules, make_diffusion_step, make_diffusion_validation
 from sora_jax.training.encoding import encode_clips
-from sora_jax.training.pretrained import load_autoencoder
+from sora_jax.training.files import write_text
+from sora_jax.training.numbered_batches import NumberedBatches
+from sora_jax.training.pretrained import LATENT_STATISTICS, load_autoencoder
 from sora_jax.training.samples import autoencoder_sampler, diffusion_sampler
 from sora_jax.training.state import TrainState
+from sora_jax.training.text_step import (
+    Captions,
+    Reader,
+    TextModules,
+    make_text_step,
+    reading_loss,
+    world_captions,
+)
 
 VALIDATION_BATCHES = 2
+STATISTICS_CLIPS = 128
 Videos = list[np.ndarray]  # uint8 [T, H, W, 3] each
 
 
@@ -82,6 +95,7 @@ class Stage:
     flops_per_step: float = 0.0  # forward and backward, by formula; 0 = not known
     validate: Callable[[Any], dict[str, jax.Array]] | None = None  # of params, usually the average
     sample: Callable[[Any], Videos] | None = None
+    describe_checkpoint: Callable[[Any], None] | None = None  # of the averages, before each checkpoint
 
 
 MakeStage = Callable[[Context], Stage]
@@ -115,6 +129,7 @@ def diffusion_stage(context: Context) -> Stage:
         "seed": data.seed,
         "image_share": data.image_share,
         "prefix_share": data.prefix_share,
+        "skip_long_captions": data.skip_long_captions,
     }
     batches = make_loader(
         source,
@@ -171,7 +186,7 @@ def make_latents(context: Context) -> epath.Path:
     size: dict[str, Any] = {"frames": data.frames, "height": data.height, "width": data.width}
     source: Clips
     if data.source == "world":
-        source = WorldClips(data.clips, seed=data.seed, **size)
+        source = WorldClips(data.clips, seed=data.seed, sizes=data.sizes, **size)
     else:
         source = FolderSource(data.source, fps=data.fps, step=config.stride.time, **size)
     said = -1
@@ -263,7 +278,35 @@ def autoencoder_stage(context: Context) -> Stage:
         describe=f"{config.train.batch_size} clips of {data.frames} frames, {data.height}x{data.width}",
         validate=validate,
         sample=sample,
+        describe_checkpoint=_make_statistics(context, graphdef, source),
     )
+
+
+def _make_statistics(context: Context, graphdef: nnx.GraphDef, source: ClipSource) -> Callable[[Any], None]:
+    """`write(params)` measures mean and standard deviation of each latent channel over `STATISTICS_CLIPS` clips and
+    writes them to WORKDIR/latents.json, from where `load_autoencoder` takes them: the diffusion stage wants latents of
+    unit scale."""
+    rows = context.config.train.batch_size
+
+    @jax.jit
+    def encode(params: Any, clips: jax.Array) -> jax.Array:
+        video = clips.astype(jnp.float32) / 127.5 - 1.0
+        return nnx.merge(graphdef, params[MODULE]).encode(video).mean
+
+    def write(params: Any) -> None:
+        first = 2**20  # batches that a run does not reach
+        means = [
+            np.asarray(encode(params, jax.device_put(source.draw(first + i, rows, False))), np.float64)
+            for i in range(-(-STATISTICS_CLIPS // rows))
+        ]
+        values = np.concatenate(means).reshape(-1, means[0].shape[-1])
+        if jax.process_index() == 0:
+            write_text(
+                context.workdir / LATENT_STATISTICS,
+                json.dumps({"mean": values.mean(axis=0).tolist(), "std": values.std(axis=0).tolist()}, indent=2) + "\n",
+            )
+
+    return write
 
 
 def _make_autoencoder_validation(graphdef: nnx.GraphDef, dtype: jnp.dtype) -> Callable[..., dict[str, jax.Array]]:
@@ -277,6 +320,58 @@ def _make_autoencoder_validation(graphdef: nnx.GraphDef, dtype: jnp.dtype) -> Ca
         return {"loss": jnp.mean(jnp.abs(error)), "psnr": jnp.mean(10.0 * jnp.log10(4.0 / jnp.maximum(squared, 1e-12)))}
 
     return jax.jit(validate)
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def text_stage(context: Context) -> Stage:
+    config, data = context.config, context.config.data
+    if data.source != "world":
+        raise UserError(f"only captions of the world come with what they say: data.source is {data.source}, not world")
+    rows = context.local_rows
+    modules = TextModules(
+        text_encoder=_structure(lambda rngs: TextEncoder(config.text_encoder, rngs=rngs)),
+        reader=_structure(lambda rngs: Reader(config.text_encoder.d_model, rngs=rngs)),
+    )
+
+    def make_params(key: jax.Array) -> dict[str, Any]:
+        keys = jax.random.split(key)
+        return {
+            "text_encoder": _parameters(TextEncoder(config.text_encoder, rngs=nnx.Rngs(params=keys[0]))),
+            "reader": _parameters(Reader(config.text_encoder.d_model, rngs=nnx.Rngs(params=keys[1]))),
+        }
+
+    def batch(number: int) -> Captions:
+        part = number * jax.process_count() + jax.process_index()
+        return world_captions(data.seed, part * rows, rows, data.row_text)
+
+    validate = None
+    if data.held_out:
+        captions = world_captions(data.seed, 0, rows, data.row_text, split="heldout", dense=False)
+        placed = [jax.device_put(captions, sharding.batch_sharding(context.mesh))]
+
+        @jax.jit
+        def read(params: Any, captions: Captions) -> dict[str, jax.Array]:
+            loss, shares = reading_loss(modules, params, captions, context.dtype)
+            return {"loss": loss, **shares}
+
+        validate = _mean_over(read, placed)
+    step = make_text_step(
+        modules,
+        context.optimizer,
+        clip_norm=config.optimizer.clip_norm,
+        ema_decay=config.train.ema,
+        dtype=context.dtype,
+    )
+    return Stage(
+        make_params=make_params,
+        step=step,
+        batches=NumberedBatches(batch, {"world": data.seed, "processes": jax.process_count()}),
+        describe=f"{config.train.batch_size} captions x {data.row_text} bytes",
+        tokens_per_step=config.train.batch_size * data.row_text,
+        validate=validate,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
@@ -301,4 +396,4 @@ def _mean_over(
     return mean
 
 
-STAGES: Mapping[str, MakeStage] = {"autoencoder": autoencoder_stage, "diffusion": diffusion_stage}
+STAGES: Mapping[str, MakeStage] = {"autoencoder": autoencoder_stage, "text": text_stage, "diffusion": diffusion_stage}

@@ -26,7 +26,8 @@ def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None) -> ModelFolde
     config = run.config
     if "transformer" not in run.params:
         raise UserError(
-            f"{workdir} has trained an autoencoder, which makes no videos alone: name a run of the diffusion stage"
+            f"{workdir} has trained {' and '.join(run.params)} alone, which makes no videos: name a run of the "
+            "diffusion stage"
         )
     autoencoder_config, autoencoder = load_autoencoder(config.data.autoencoder)
     sample = config.sample
