@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.test_util import check_grads
 
 from sora_jax import sharding
 from sora_jax.errors import UserError
@@ -242,17 +243,36 @@ def test_causal_convolution_is_the_direct_sum(form: str, frames: int):
         np.testing.assert_allclose(conv(x, kernel, 2), expected[:, 2:], atol=1e-4)
 
 
-def test_both_forms_of_the_convolution_have_one_gradient():
+@pytest.mark.parametrize(("frames", "lead"), [(1, 0), (2, 0), (5, 0), (3, 2), (6, 2)])
+def test_both_forms_of_the_convolution_have_one_gradient(frames: int, lead: int):
     rng = np.random.default_rng(0)
-    x, weight = (rng.normal(size=(1, 4, 3, 3, 2)).astype(np.float32) for _ in range(2))
-    kernel = rng.normal(size=(3, 3, 3, 2, 2)).astype(np.float32)
+    x = rng.normal(size=(2, frames, 4, 3, 2)).astype(np.float32)
+    weight = rng.normal(size=(2, frames - lead, 4, 3, 3)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 3, 2, 3)).astype(np.float32)
 
     def gradients(conv):
-        return jax.grad(lambda x, k: jnp.sum(conv(x, k) * weight), argnums=(0, 1))(x, kernel)
+        arrays = jnp.asarray(x), jnp.asarray(kernel)
+        return jax.grad(lambda x, k: jnp.sum(conv(x, k) * weight), argnums=(0, 1))(*arrays)
 
-    native = gradients(lambda x, k: causal_conv.conv_3d(x, k, 0))
-    for ours in (gradients(lambda x, k: causal_conv.conv_2d_sum(x, k, 0)), gradients(causal_conv.causal_conv)):
+    native = gradients(lambda x, k: causal_conv.conv_3d(x, k, lead))
+    forms = [gradients(lambda x, k: causal_conv.conv_2d_sum(x, k, lead))]
+    if not lead:
+        forms.append(gradients(causal_conv.causal_conv))
+    for ours in forms:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, native)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, ((1, 1), (1, 1))), (2, ((0, 1), (0, 1)))])
+def test_a_convolution_of_frames_has_the_gradient_of_finite_differences(stride: int, padding):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(1, 2, 4, 6, 2)), rng.normal(size=(3, 3, 2, 2))
+    with jax.enable_x64(True):
+        check_grads(
+            lambda x, k: causal_conv.conv_frames(x, k, stride, padding),
+            (jnp.asarray(x), jnp.asarray(kernel)),
+            1,
+            ["rev"],
+        )
 
 
 @pytest.mark.parametrize(("platform", "axes"), [("cpu", 4), ("tpu", 5), ("cuda", 5)])

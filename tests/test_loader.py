@@ -187,6 +187,17 @@ def test_without_image_captions_no_clip_becomes_an_image():
     assert cut_and_caption(LatentRecord(short.latents, (), (), 8.0, "x", (5, 32, 32)), rng, 0, 0)[1] == ""
 
 
+def test_captions_too_long_for_a_row_can_be_left_out():
+    latents = np.zeros((2, 1, 1, 4), np.float16)
+    record = LatentRecord(latents, ("short", "a long caption", "é" * 4), (), 8.0, "x", (5, 16, 16))
+    rng = np.random.default_rng(0)
+    assert {cut_and_caption(record, rng, 0, 0, 7)[1] for _ in range(50)} == {"short"}, "bytes count, not letters"
+    assert {cut_and_caption(record, rng, 0, 0, 8)[1] for _ in range(50)} == {"short", "é" * 4}
+    assert len({cut_and_caption(record, rng, 0, 0)[1] for _ in range(50)}) == 3
+    # none fits: the packer says so, rather than training without a caption
+    assert cut_and_caption(record, rng, 0, 0, 3)[1]
+
+
 def test_caption_dropout_and_choice_change_from_visit_to_visit():
     with loader(epochs=50, caption_dropout=0.25) as batches:
         found = [caption for batch in batches for _, _, caption in contents(batch)]

@@ -280,6 +280,20 @@ def test_world_clips_have_many_true_captions():
     assert not any(verb in stills for verb in verbs)
 
 
+def test_a_world_of_several_sizes_takes_them_in_turn():
+    sizes = [(16, 32), (32, 16), (16, 16)]
+    source = WorldClips(400, sizes=sizes, frames=5)
+    picked = [0, 63, 64, 130, 200, 5]
+    for index, item in zip(picked, source.batch(picked), strict=True):
+        height, width = sizes[index // 64 % 3]
+        np.testing.assert_array_equal(
+            item["frames"], WorldSource(0, 400, frames=5, height=height, width=width)[index]["frames"]
+        )
+        assert item["source"] == f"world/train/0/{index}"
+    assert source.extents == ((5, 16, 32), (5, 32, 16), (5, 16, 16))
+    assert source.identity != WorldClips(400, sizes=sizes[:2], frames=5).identity
+
+
 # ---------------------------------------------------------------------------------------------------------- unreadable
 
 

@@ -10,20 +10,23 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from flax import nnx
 from quick_compile import quick_compile
 
 from sora_jax import sharding
 from sora_jax.config import Config, from_dict, override
 from sora_jax.data.latents import LatentSource
-from sora_jax.data.world import is_heldout, sample_scenes
+from sora_jax.data.world import WorldSource, is_heldout, sample_scenes
 from sora_jax.errors import UserError
 from sora_jax.media import read_media, write_media
+from sora_jax.models.autoencoder import Autoencoder
 from sora_jax.record import Record
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.clip_batches import ClipBatches, clip_source
 from sora_jax.training.loop import train
 from sora_jax.training.pretrained import load_autoencoder, load_modules, load_run
 from sora_jax.training.samples import film_strips, grid
+from sora_jax.training.trained import model_of_run
 
 AUTOENCODER = {
     "base_dim": 4,
@@ -107,7 +110,7 @@ def test_a_run_can_start_from_the_parameters_of_another(autoencoder_run: Path, a
     config = override(autoencoder_config, [f"train.init={autoencoder_run}", "train.seed=1", *only_steps])
     said: list[str] = []
     train(config, tmp_path / "run", say=said.append)
-    assert f"starting from the parameters of {autoencoder_run}" in said
+    assert f"starting from autoencoder of {autoencoder_run}" in said
     start, end = load_run(autoencoder_run).params, load_run(tmp_path / "run").params
     # In two steps Adam moves nothing by more than about twice its rate; another seed's parameters are far away.
     away = max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), start, end)))
@@ -249,6 +252,41 @@ def test_what_does_not_fit_together_is_refused(diffusion_config: Config, tmp_pat
         with pytest.raises(UserError, match=words):
             train(override(diffusion_config, changes), tmp_path / "run", say=lambda line: None)
     assert not (epath.Path(tmp_path) / "run" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_latents_are_scaled_by_what_the_run_of_their_autoencoder_measured(autoencoder_run: Path):
+    config, params = load_autoencoder(str(autoencoder_run))
+    model = nnx.merge(nnx.split(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))), graph=False)[0], params)
+    # other clips than those that were measured, of the same world
+    clips = np.stack([item["frames"] for item in WorldSource(0, 64, frames=5, height=16, width=16).batch(range(64))])
+    latents = np.asarray(model.normalize(model.encode(clips.astype(np.float32) / 127.5 - 1.0).mean))
+    np.testing.assert_allclose(latents.mean(axis=(0, 1, 2, 3)), 0.0, atol=0.3)
+    np.testing.assert_allclose(latents.std(axis=(0, 1, 2, 3)), 1.0, atol=0.25)
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+@pytest.mark.slow
+def test_a_text_encoder_learns_to_read_and_a_diffusion_run_starts_from_it(diffusion_config: Config, tmp_path: Path):
+    changes = ["train.stage=text", "train.steps=60", "train.batch_size=32", "data.held_out=8"]
+    changes += ["optimizer.learning_rate=0.02", "train.sample_every=0", "train.log_every=1"]
+    train(override(diffusion_config, changes), tmp_path / "text", say=lambda line: None)
+    first, *_, last = lines(tmp_path / "text")
+    assert last["loss"] < 0.8 * first["loss"]
+    assert last["validation_accuracy"] > 0.5
+    with pytest.raises(UserError, match="has trained reader and text_encoder alone|text_encoder and reader alone"):
+        model_of_run(epath.Path(tmp_path / "text"))
+
+    said: list[str] = []
+    frozen = ["train.steps=1", "optimizer.learning_rate=0", "optimizer.name=adamw", "train.sample_every=0"]
+    frozen += [f"train.init={tmp_path / 'text'}"]
+    train(override(diffusion_config, frozen), tmp_path / "video", say=said.append)
+    assert f"starting from text_encoder of {tmp_path / 'text'}" in said
+    read, started = load_run(tmp_path / "text").params, load_run(tmp_path / "video").params
+    for a, b in zip(*(jax.tree.leaves(params["text_encoder"]) for params in (read, started)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
