@@ -18,8 +18,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sora_jax.errors import UserError
     from sora_jax.media import Media, read_media, write_media
-    from sora_jax.pipeline import Pipeline, Video
+    from sora_jax.pipeline import Pipeline
     from sora_jax.record import Record
+    from sora_jax.video import Video
 
 # The module that defines each public name.
 _HOMES = {
@@ -27,7 +28,7 @@ _HOMES = {
     "Pipeline": "pipeline",
     "Record": "record",
     "UserError": "errors",
-    "Video": "pipeline",
+    "Video": "video",
     "read_media": "media",
     "write_media": "media",
 }

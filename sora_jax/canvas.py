@@ -7,6 +7,7 @@ canvas:
     text_to_video   one span, nothing given
     animate         one span whose first frame is given
     extend          one span that begins with the frames of a video
+    connect         a span that is made, then one that is given whole: the last frame, or a clip to arrive at
     storyboard      several spans, each with a prompt: shots of one video that see each other, with cuts between them
 
 `lay_out` turns a canvas into the index arrays of a row of tokens (see `shapes.Condition`). Time counts latents across
@@ -77,6 +78,28 @@ def extend(prompt: str, video: UInt8[np.ndarray, "T0 H W 3"], extent: Extent) ->
     if video.shape[0] >= extent.frames:
         raise UserError(f"{video.shape[0]} frames are given and the video has {extent.frames}: nothing is left to make")
     return Canvas((Span(extent.frames, prompt, video),), extent.height, extent.width)
+
+
+def connect(
+    prompt: str,
+    first: UInt8[np.ndarray, "T0 H W 3"] | None,
+    last: UInt8[np.ndarray, "T1 H W 3"],
+    extent: Extent,
+) -> Canvas:
+    """A video of `extent` that ends with the frames `last`, T1 = 1 + 4j, and begins with `first` where they are given.
+
+    What is given at the end is a span of its own: the autoencoder is causal, so its latents must not depend on frames
+    that are yet to be made. The frames before it are another, of 1 + 4k.
+    """
+    if last.shape[1:3] != extent[1:]:
+        height, width = last.shape[1:3]
+        raise UserError(
+            f"the last frames are {width}x{height} and the video is to be {extent.width}x{extent.height}: "
+            f"resize them, or ask for --height {height} --width {width}"
+        )
+    made = Extent(extent.frames - len(last), extent.height, extent.width)
+    begun = text_to_video(prompt, made) if first is None else extend(prompt, first, made)
+    return Canvas((*begun.spans, Span(len(last), prompt, last)), extent.height, extent.width)
 
 
 def storyboard(shots: Sequence[tuple[str, int]], height: int, width: int) -> Canvas:

@@ -11,92 +11,55 @@ The pieces are public too: `encode_text`, `velocity`, `encode`, `decode`.
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from sora_jax import canvas as canvases
-from sora_jax import runtime
+from sora_jax import runtime, sharding
 from sora_jax.canvas import Canvas, Layout, lay_out
 from sora_jax.diffusion.guidance import Velocity, classifier_free_guidance, guided_condition
 from sora_jax.diffusion.sampler import denoise, find_solver, level_schedule, schedule_table, start
 from sora_jax.errors import UserError, nearest
-from sora_jax.media import check_writable, write_media
 from sora_jax.models.autoencoder import Autoencoder, decode_stream, encode_stream
 from sora_jax.models.text_encoder import TextEncoder
 from sora_jax.models.transformer import MODEL_TIME, Transformer
-from sora_jax.record import Record
 from sora_jax.shapes import Condition, Extent, frames_for_seconds
 from sora_jax.tokens.patchify import patchify, unpatchify
+from sora_jax.video import Settings, Video
 from sora_jax.weights.layout import INDEX, ModelFolder, load_folder
 from sora_jax.weights.shipped import find_model
 
-OUTPUTS = ("uint8", "float32")
+OUTPUTS = ("uint8", "float32", "latents")
 
 Progress = Callable[[str, int, int], None]
 """`progress(stage, done, total)` after each step of "denoise" and each frame of "decode"."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a video is sampled; refuses what no solver can do."""
+class Made(NamedTuple):
+    """What came out of one batch; `trajectory` [B, S, F, h, w, C] only where it was asked for."""
 
-    steps: int
-    guidance: float
-    solver: str
-    shift: float
-    negative_prompt: str
-
-    def __post_init__(self) -> None:
-        find_solver(self.solver)
-        level_schedule(self.steps, self.shift)
-        if not math.isfinite(self.guidance):
-            raise UserError(f"guidance must be a finite number, not {self.guidance}")
-
-    def record(self, canvas: Canvas, seed: int, model: str, fps: float) -> Record:
-        return Record(
-            prompt=" | ".join(canvas.prompts),
-            seed=seed,
-            model=model,
-            frames=canvas.frames,
-            height=canvas.height,
-            width=canvas.width,
-            fps=fps,
-            **dataclasses.asdict(self),
-        )
-
-
-@dataclass(frozen=True)
-class Video:
-    """What a model made, and how. `frames` are untouched by watermark and codec, which come with `save`."""
-
-    frames: UInt8[np.ndarray, "T H W 3"] | Float[np.ndarray, "T H W 3"]  # float: in [0, 1]
-    fps: float
-    record: Record
-
-    def save(self, path: epath.PathLike, **options: Any) -> None:
-        """Write the video with its record; the suffix of `path` chooses the format (see `media.write_media`)."""
-        check_writable(path)
-        write_media(self.frames, path, self.record, fps=self.fps, **options)
+    result: np.ndarray  # frames [B, T, H, W, 3], or latents [B, F, h, w, C]
+    trajectory: np.ndarray | None
 
 
 class Pipeline:
     """A model's networks and parameters, and what turns them into videos."""
 
-    def __init__(self, folder: ModelFolder, name: str, dtype: str = "auto"):
+    def __init__(self, folder: ModelFolder, name: str, dtype: str = "auto", mesh: Mesh | None = None):
         self.folder = folder
         self.name = name
-        self.dtype = runtime.compute_dtype(dtype)
+        self.mesh = mesh
+        self.dtype = runtime.compute_dtype(dtype, None if mesh is None else mesh.devices.ravel().tolist())
         self.stride = folder.autoencoder_config.stride
         self.patch = folder.transformer_config.patch
         self.params = folder.transformer
@@ -108,18 +71,31 @@ class Pipeline:
         self._guided: Velocity = classifier_free_guidance(self.velocity)
 
     @classmethod
-    def load(cls, model: epath.PathLike = "world", *, dtype: str = "auto") -> Pipeline:
+    def load(
+        cls,
+        model: epath.PathLike = "world",
+        *,
+        mesh: Mesh | Mapping[str, int] | None = None,
+        dtype: str = "auto",
+    ) -> Pipeline:
         """`model` is the name of one that ships with the package, or path or URL of a model folder or a run's
-        workdir."""
+        workdir. `mesh` spreads parameters and tokens over devices; as lengths of its axes it takes all of them:
+        {"fsdp": 4, "sequence": 2}. Without, one device does it all."""
         runtime.enable_compile_cache()
         path = find_model(model)
+        if mesh is not None and not isinstance(mesh, Mesh):
+            mesh = sharding.make_mesh(mesh)
         if (path / INDEX).exists():
-            folder = load_folder(path)
+            folder = load_folder(path, mesh=mesh)
         else:
             from sora_jax.training.trained import model_of_run  # all of training: slow to import, and rarely needed
 
-            folder = model_of_run(path)
-        return cls(folder, folder.defaults.version or path.name, dtype)
+            folder = model_of_run(path, mesh=mesh)
+        return cls(folder, folder.defaults.version or path.name, dtype, mesh)
+
+    def __call__(self, prompt: str | Sequence[str], **options: Any) -> Any:
+        """As `sample`."""
+        return self.sample(prompt, **options)
 
     # -------------------------------------------------------------------------------------------- sampling
 
@@ -132,28 +108,52 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         image: UInt8[np.ndarray, "H W 3"] | None = None,
+        last_image: UInt8[np.ndarray, "H W 3"] | None = None,
         video: UInt8[np.ndarray, "T0 H W 3"] | None = None,
         seed: int | Sequence[int] = 0,
+        num_videos: int = 1,
         **options: Any,
     ) -> Any:
-        """A `Video` for a prompt, or a list of them for a list of prompts.
+        """A `Video` for a prompt; a list of them for a list of prompts, or for `num_videos` > 1 of each.
 
         `frames` (1 + 4k; or `seconds`), `height` and `width` default to the model's. `image` gives the first frame and
-        `video` the first 1 + 4j frames. With a list of prompts, `seed` is one per prompt, or the first of consecutive
-        ones; every video is what its seed makes alone. `options` are those of `sample_canvases`.
-        Raises `UserError` for anything that cannot be made as asked.
+        `video` the first 1 + 4j frames. `last_image` gives the last frame, which is a clip of its own for the
+        autoencoder: such a video has 1 + 1 + 4k frames. Video k of a prompt has seed `seed` + k, so every prompt starts
+        at `seed`, or at its own of a list of seeds; every video is what its seed makes alone. `options` are those of
+        `sample_canvases`. Raises `UserError` for anything that cannot be made as asked.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if num_videos < 1:
+            raise UserError(f"num_videos must be at least 1, not {num_videos}")
+        firsts = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        if len(firsts) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts and {len(firsts)} seeds were given: give one each, or one in all")
+        if last_image is not None and frames is None and seconds is None:
+            frames = self.folder.defaults.frames + 1
         extent = self.extent(frames, seconds, height, width)
         if image is not None and video is not None:
             raise UserError("image and video both give the beginning: name one")
         given = image[None] if image is not None else video
-        drawn = [
-            canvases.text_to_video(text, extent) if given is None else canvases.extend(text, given, extent)
-            for text in prompts
-        ]
-        made = self.sample_canvases(drawn, seeds=_seeds(seed, len(prompts)), **options)
-        return made[0] if isinstance(prompt, str) else made
+
+        def draw(text: str) -> Canvas:
+            if last_image is not None:
+                return self._connect(text, given, last_image[None], extent)
+            return canvases.text_to_video(text, extent) if given is None else canvases.extend(text, given, extent)
+
+        drawn = [draw(text) for text in prompts for _ in range(num_videos)]
+        seeds = [first + k for first in firsts for k in range(num_videos)]
+        made = self.sample_canvases(drawn, seeds=seeds, **options)
+        return made[0] if isinstance(prompt, str) and num_videos == 1 else made
+
+    def _connect(self, text: str, first: np.ndarray | None, last: np.ndarray, extent: Extent) -> Canvas:
+        step, frames = self.stride.time * self.patch.time, extent.frames - len(last)
+        if frames < 1 or (frames - 1) % step:
+            low = len(last) + 1 + max(frames - 1, 0) // step * step
+            raise UserError(
+                f"{extent.frames} frames that end in a given one cannot be made: that one is a clip of its own, and "
+                f"{len(last)} + 1 + {step}k frames are needed; nearest: {low} or {low + step}"
+            )
+        return canvases.connect(text, first, last, extent)
 
     def sample_canvases(
         self,
@@ -165,17 +165,18 @@ class Pipeline:
         solver: str | None = None,
         shift: float | None = None,
         negative_prompt: str | None = None,
-        noise: Float[np.ndarray, "B F h w C"] | None = None,
+        noise: Float[np.ndarray, "*B F h w C"] | None = None,
         output: str = "uint8",
+        trajectory: bool = False,
         batch_size: int = 1,
         progress: Progress | None = None,
     ) -> list[Video]:
         """Videos from canvases of one layout.
 
         `steps`, `guidance` (1: follow the model as trained), `solver`, `shift` and `negative_prompt` default to the
-        model's. `noise` replaces what the seeds draw. `output` is "uint8", or "float32" in [0, 1]. `batch_size`
-        canvases go through the model at once: with 1 a video is the same to the bit in any company; with more, up to
-        rounding.
+        model's. `noise`, in normalised latent space, replaces what the seeds draw; one for all, or one each. `output`
+        is "uint8", "float32" in [0, 1], or "latents". `trajectory` keeps what each step predicts. `batch_size` canvases
+        go through the model at once: with 1 a video is the same to the bit in any company; with more, up to rounding.
         """
         defaults, scheduler = self.folder.defaults, self.folder.scheduler
         settings = Settings(
@@ -198,21 +199,30 @@ class Pipeline:
         layout = lay_out(drawn[0], self.stride, self.patch)
         channels = self.folder.autoencoder_config.z_dim
         shape = (len(drawn), sum(extent.frames for extent in layout.latents), *layout.latents[0][1:], channels)
-        if noise is not None and noise.shape != shape:
-            raise UserError(f"noise has the shape {noise.shape}; these videos need {shape}")
         if noise is None:
             noise = np.stack([self.noise(seed, shape[1:]) for seed in seeds])
+        elif noise.shape == shape[1:]:
+            noise = np.broadcast_to(noise, shape)
+        elif noise.shape != shape:
+            raise UserError(
+                f"noise has the shape {noise.shape}; these videos need {shape[1:]}, or {shape} for one each"
+            )
 
         chunks = range(0, len(drawn), batch_size)
-        frames: list[np.ndarray] = []
+        videos: list[Video] = []
         for number, i in enumerate(chunks):
             some = slice(i, i + batch_size)
             ahead = _offset(progress, number, len(chunks))
-            frames.extend(self._sample_rows(drawn[some], layout, noise[some], settings, output, ahead))
-        return [
-            Video(made, defaults.fps, settings.record(one, int(seed), self.name, defaults.fps))
-            for made, one, seed in zip(frames, drawn, seeds, strict=True)
-        ]
+            with jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext():
+                made = self._sample_rows(drawn[some], layout, noise[some], settings, output, trajectory, ahead)
+            for row, (one, seed) in enumerate(zip(drawn[some], seeds[some], strict=True)):
+                record = settings.record(one, int(seed), self.name, defaults.fps)
+                steps = None if made.trajectory is None else made.trajectory[row]
+                result, latents = made.result[row], output == "latents"
+                videos.append(
+                    Video(None if latents else result, defaults.fps, record, result if latents else None, steps)
+                )
+        return videos
 
     def _sample_rows(
         self,
@@ -221,9 +231,10 @@ class Pipeline:
         noise: Float[np.ndarray, "B F h w C"],
         settings: Settings,
         output: str,
+        trajectory: bool,
         progress: Progress | None,
-    ) -> np.ndarray:
-        """The frames of canvases of one layout, all in one batch: [B, T, H, W, 3]."""
+    ) -> Made:
+        """Canvases of one layout, all in one batch."""
         # 1. the canvas as rows of tokens
         rows = len(drawn)
         clean = np.stack([self._given_latents(one, layout) for one in drawn])
@@ -243,14 +254,22 @@ class Pipeline:
         schedule = schedule_table(levels, np.tile(layout.given_groups, (rows, 1)))
         first = jnp.asarray(schedule[0])
         state = start(solver, clean_tokens, noise_tokens, first, condition.given, condition.level_ids)
+        predicted: list[np.ndarray] = []
         for i in range(settings.steps):
+            before = np.asarray(state.tokens) if trajectory else None
             state = denoise(velocity, self.params, condition, state, schedule[i : i + 2], solver=solver)
+            if before is not None:
+                clean_now = _extrapolate(before, np.asarray(state.tokens), *levels[i : i + 2].tolist())
+                predicted.append(self._to_latents(clean_now, layout))
             if progress is not None:
                 jax.block_until_ready(state.tokens)
                 progress("denoise", i + 1, settings.steps)
 
         # 4. frames
-        return self._decode_tokens(state.tokens, layout, output, progress)
+        steps = np.stack(predicted, axis=1) if trajectory else None
+        if output == "latents":
+            return Made(self._to_latents(np.asarray(state.tokens), layout), steps)
+        return Made(self._decode_tokens(state.tokens, layout, output, progress), steps)
 
     def extent(
         self,
@@ -353,20 +372,20 @@ class Pipeline:
         spans = np.split(latents, np.cumsum([extent.frames for extent in layout.latents])[:-1], axis=1)
         return np.concatenate([patchify(span, self.patch) for span in spans], axis=1)
 
+    def _split(self, tokens: Any, layout: Layout) -> list[Any]:
+        """The latents [B, F, h, w, C] of each span."""
+        volume = self.patch.time * self.patch.height * self.patch.width
+        ends = np.cumsum([extent.volume // volume for extent in layout.latents])[:-1]
+        spans = (jnp if isinstance(tokens, jax.Array) else np).split(tokens, ends, axis=1)
+        return [unpatchify(span, extent, self.patch) for span, extent in zip(spans, layout.latents, strict=True)]
+
+    def _to_latents(self, tokens: Float[np.ndarray, "B N P"], layout: Layout) -> Float[np.ndarray, "B F h w C"]:
+        return np.concatenate(self._split(tokens, layout), axis=1)
+
     def _decode_tokens(
         self, tokens: Float[Array, "B N P"], layout: Layout, output: str, progress: Progress | None
     ) -> np.ndarray:
-        lengths = [
-            extent.volume // (self.patch.time * self.patch.height * self.patch.width) for extent in layout.latents
-        ]
-        spans = jnp.split(tokens, np.cumsum(lengths)[:-1], axis=1)
-        return np.concatenate(
-            [
-                self.decode(unpatchify(span, extent, self.patch), output, progress)
-                for span, extent in zip(spans, layout.latents, strict=True)
-            ],
-            axis=1,
-        )
+        return np.concatenate([self.decode(span, output, progress) for span in self._split(tokens, layout)], axis=1)
 
 
 # ------------------------------------------------------------------------------------------------ helpers
@@ -403,8 +422,7 @@ def _offset(progress: Progress | None, number: int, chunks: int) -> Progress | N
     return lambda stage, done, total: progress(stage, number * total + done, chunks * total)
 
 
-def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    seeds = list(range(seed, seed + count)) if isinstance(seed, int) else list(seed)
-    if len(seeds) != count:
-        raise UserError(f"{count} prompts and {len(seeds)} seeds were given: give one each, or one in all")
-    return seeds
+def _extrapolate(before: np.ndarray, after: np.ndarray, level: float, lower: float) -> np.ndarray:
+    """Where the straight line through a step ends at level 0: the step's prediction of the clean tokens. What is given
+    does not move, and stays."""
+    return after - (before - after) / (level - lower) * lower

@@ -126,6 +126,8 @@ def test_overrides_are_taken_in_both_spellings():
         (["sample", PROMPT, "--scale", "0"], "--scale must be a whole number >= 1"),
         (["sample", PROMPT, "--dtype", "float23"], 'unknown dtype "float23"; did you mean "float32"?'),
         (["sample", PROMPT, "--image", "none.png"], "none.png does not exist"),
+        (["sample", PROMPT, "--last-image", "none.png"], "none.png does not exist"),
+        (["sample", PROMPT, "--mesh", "fsdp:4"], '--mesh takes AXIS=N,AXIS=N,..., say fsdp=4,sequence=2: "fsdp:4" is'),
         (["sample", "--like", "none.mp4"], "none.mp4 does not exist"),
         (["sample", "--prompts", "none.txt"], "none.txt does not exist"),
         (["sample", "--prompts", "none.xls"], 'unknown type of prompt file ".xls"'),
@@ -258,6 +260,24 @@ def test_an_image_is_the_first_frame_and_in_the_record(here, capsys, tiny_model)
     record = read_media(here / "a.npy").record
     assert record is not None
     assert record.given == {"image": "first.png"}
+
+
+def test_a_last_image_is_the_last_frame_and_like_takes_it_again(here, capsys, tiny_model):
+    from PIL import Image
+
+    Image.new("RGB", (16, 16), (30, 30, 200)).save(here / "last.png")
+    argv = ("sample", "--model", tiny_model, "--mesh", "data=2,fsdp=2,sequence=2", "--out")
+    code, _, err = run(capsys, *argv, "a.npy", PROMPT, "--last-image", "last.png")
+    assert code == 0, err
+    a = read_media(here / "a.npy")
+    assert a.frames.shape == (6, 16, 16, 3)
+    assert a.record is not None
+    assert (a.record.given, a.record.frames, a.record.prompt) == ({"last_image": "last.png"}, 6, PROMPT)
+    assert run(capsys, *argv, "b.npy", "--like", "a.npy")[0] == 0
+    np.testing.assert_array_equal(read_media(here / "b.npy").frames, a.frames)
+    code, _, err = run(capsys, *argv, "c.npy", PROMPT, "--last-image", "last.png", "--frames", "5")
+    assert code == 2
+    assert "5 frames that end in a given one cannot be made" in err[-1]
 
 
 def test_ctrl_c_leaves_nothing(here, capsys, tiny_model, monkeypatch):

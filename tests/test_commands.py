@@ -14,8 +14,9 @@ import pytest
 from sora_jax import cli
 from sora_jax.commands import sample
 from sora_jax.data.world.words import world_prompts, world_words
-from sora_jax.pipeline import Pipeline, Video
+from sora_jax.pipeline import Pipeline
 from sora_jax.record import Record
+from sora_jax.video import Video
 from sora_jax.vocabulary import nearest_prompt, unknown_words, words_of
 
 

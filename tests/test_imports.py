@@ -21,6 +21,7 @@ LAYERS = [
     {"tokens", "diffusion"},
     {"models"},
     {"canvas", "weights", "data"},
+    {"video"},
     {"training"},
     {"pipeline"},
     {"evaluation"},

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
-from sora_jax.canvas import storyboard
+from sora_jax.canvas import lay_out, storyboard, text_to_video
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sora_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sora_jax.models.tokenizer import ByteTokenizer
 from sora_jax.models.transformer import Transformer, TransformerConfig
 from sora_jax.pipeline import Pipeline
-from sora_jax.shapes import Stride
+from sora_jax.shapes import Extent, Stride
+from sora_jax.tokens.patchify import patchify, unpatchify
 from sora_jax.weights.defaults import SamplingDefaults, SchedulerDefaults
-from sora_jax.weights.layout import ModelFolder
+from sora_jax.weights.layout import ModelFolder, save_folder
 
 
 def random_params(make):
@@ -101,6 +106,97 @@ def test_given_frames_come_back_as_the_autoencoder_keeps_them(pipe):
     clip = np.random.default_rng(2).integers(0, 255, (3, 16, 24, 3), np.uint8)
     video = pipe.sample("a red ball", video=clip)
     np.testing.assert_array_equal(video.frames[:3], pipe.decode(pipe.encode(clip[None]))[0])
+
+
+def test_a_video_arrives_at_its_last_image(pipe):
+    rng = np.random.default_rng(3)
+    first, last = (rng.integers(0, 255, (16, 24, 3), np.uint8) for _ in range(2))
+    video = pipe.sample("a red ball", image=first, last_image=last)
+    assert video.frames.shape == (6, 16, 24, 3), "the model's 5 frames and the last image"
+    for frame, image in ((video.frames[0], first), (video.frames[-1], last)):
+        np.testing.assert_array_equal(frame, pipe.decode(pipe.encode(image[None, None]))[0, 0])
+    alone = pipe.sample("a red ball", last_image=last, output="float32").frames
+    other = pipe.sample("a red ball", last_image=first, output="float32").frames
+    assert np.abs(alone[:5] - other[:5]).max() > 1e-3, "what is made sees what it is to arrive at"
+    with pytest.raises(UserError, match=r"7 frames that end in a given one cannot be made.* nearest: 6 or 8"):
+        pipe.sample("a red ball", last_image=last, frames=7)
+    with pytest.raises(UserError, match="the last frames are 24x16 and the video is to be 32x16"):
+        pipe.sample("a red ball", last_image=last, width=32)
+
+
+def test_seeds_of_several_prompts_and_several_videos(pipe):
+    made = pipe.sample(["a red ball", "x"], seed=4, num_videos=2)
+    assert [(v.record.prompt, v.record.seed) for v in made] == [
+        ("a red ball", 4),
+        ("a red ball", 5),
+        ("x", 4),
+        ("x", 5),
+    ]
+    np.testing.assert_array_equal(made[1].frames, pipe.sample("a red ball", seed=5).frames)
+    assert [v.record.seed for v in pipe("a red ball", seed=7, num_videos=2)] == [7, 8]
+    with pytest.raises(UserError, match="num_videos must be at least 1, not 0"):
+        pipe.sample("a red ball", num_videos=0)
+    with pytest.raises(UserError, match="2 prompts and 3 seeds"):
+        pipe.sample(["a red ball", "x"], seed=[1, 2, 3])
+
+
+def test_latents_and_their_trajectory(pipe, tmp_path):
+    latents = pipe.sample("a red ball", output="latents", trajectory=True)
+    assert latents.frames is None
+    assert latents.latents.shape == (3, 4, 6, 4)
+    frames = pipe.sample("a red ball").frames
+    np.testing.assert_array_equal(pipe.decode(latents.latents[None])[0], frames)
+    assert latents.trajectory.shape == (3, 3, 4, 6, 4)
+    np.testing.assert_allclose(latents.trajectory[-1], latents.latents, atol=1e-6)
+    with pytest.raises(UserError, match="is latents and has no frames to save"):
+        latents.save(tmp_path / "x.mp4")
+
+    # Euler's first step from pure noise: x_0 = eps - v, by the pieces of the public door
+    noise = pipe.noise(0, (3, 4, 6, 4))
+    euler = pipe.sample("a red ball", solver="euler", guidance=1.0, noise=noise, output="latents", trajectory=True)
+    layout = lay_out(text_to_video("a red ball", pipe.extent()), pipe.stride, pipe.patch)
+    tokens = patchify(noise[None], pipe.patch)
+    velocity = pipe.velocity(
+        pipe.params, jnp.asarray(tokens), jnp.ones((1, 3)), pipe.condition(layout, [["a red ball"]])
+    )
+    expected = unpatchify(tokens - np.asarray(velocity), Extent(3, 4, 6), pipe.patch)[0]
+    np.testing.assert_allclose(euler.trajectory[0], expected, atol=1e-4)
+
+    # one noise for all, or one each
+    both = pipe.sample(["a red ball", "x"], noise=noise, output="latents")
+    each = pipe.sample(["a red ball", "x"], noise=np.stack([noise, noise]), output="latents")
+    for one, other in zip(both, each, strict=True):
+        np.testing.assert_array_equal(one.latents, other.latents)
+
+
+def test_given_frames_stay_put_along_the_trajectory(pipe):
+    image = np.random.default_rng(1).integers(0, 255, (16, 24, 3), np.uint8)
+    video = pipe.sample("a red ball", image=image, output="latents", trajectory=True)
+    for prediction in video.trajectory:
+        np.testing.assert_array_equal(prediction[0], pipe.encode(image[None, None])[0, 0])
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "sequence": 4}, {"tensor": 2, "sequence": 4}, {"data": 8}])
+def test_a_mesh_makes_the_same_video(pipe, sizes, tmp_path):
+    save_folder(tmp_path / "model", pipe.folder)
+    spread = Pipeline.load(tmp_path / "model", mesh=sizes, dtype="float32")
+    kernels = [leaf for leaf in jax.tree.leaves(spread.params) if leaf.size > 100]
+    assert len(kernels[0].devices()) == 8
+    assert sizes == {"data": 8} or any(not leaf.is_fully_replicated for leaf in kernels)
+    ours = pipe.sample("a red ball", output="float32").frames
+    np.testing.assert_allclose(spread.sample("a red ball", output="float32").frames, ours, atol=1e-4)
+    with pytest.raises(UserError, match="mesh data=1, fsdp=3, tensor=1, sequence=1 does not multiply to the 8 devices"):
+        Pipeline.load(tmp_path / "model", mesh={"fsdp": 3})
+
+
+def test_a_notebook_shows_the_video_enlarged(pipe):
+    shown = pipe.sample("a red ball")._repr_html_()
+    assert 'width="384" height="256"' in shown  # 24x16 sixteen times
+    assert "data:video/mp4;base64," in shown
+    still = pipe.sample("a red ball", frames=1)._repr_html_()
+    png = base64.b64decode(still.split("base64,")[1].split('"')[0])
+    assert Image.open(io.BytesIO(png)).size == (24, 16)
+    assert pipe.sample("a red ball", output="latents")._repr_html_() is None
 
 
 def test_shots_of_a_storyboard_read_their_own_prompt(pipe):

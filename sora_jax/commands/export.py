@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DTYPE",
         help="of the weights: float32, or bfloat16 at half the size",
     )
+    parser.add_argument(
+        "--autoencoder",
+        metavar="MODEL",
+        help="of a run: with this one's decoder, trained on since its latents were made (same encoder)",
+    )
     parser.add_argument("--name", metavar="NAME", help="the model's name and version (default: that of OUT)")
     parser.add_argument("--evaluation", metavar="FILE", help="output of eval --json, for the model card")
     parser.add_argument("--force", action="store_true", help="overwrite a model folder")
@@ -52,7 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     out = epath.Path(args.out)
     if (out / INDEX).exists() and not args.force:
         raise UserError(f"{args.out} holds a model; --force overwrites it")
-    model = Pipeline.load(args.model).folder
+    model = _with_autoencoder(args.model, args.autoencoder) if args.autoencoder else Pipeline.load(args.model).folder
     defaults = model.defaults
     facts = {**defaults.card, "figures": {**defaults.card.get("figures", {}), **evaluation}}
     defaults = dataclasses.replace(defaults, version=args.name or out.name, card=facts)
@@ -63,6 +68,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         print(f"{args.out}: {defaults.version}, {count(model) / 1e6:.1f} M parameters, {size / 1e6:.1f} MB")
     return {"path": args.out, "name": defaults.version, "parameters": count(model), "bytes": size}
+
+
+def _with_autoencoder(workdir: str, autoencoder: str) -> ModelFolder:
+    from etils import epath
+
+    from sora_jax.training.pretrained import is_workdir
+    from sora_jax.training.trained import model_of_run
+
+    if not is_workdir(workdir):
+        raise UserError(f"--autoencoder goes with the workdir of a run, and {workdir} is none")
+    return model_of_run(epath.Path(workdir), autoencoder=autoencoder)
 
 
 def model_card(model: ModelFolder) -> str:

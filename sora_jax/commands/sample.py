@@ -23,8 +23,9 @@ from sora_jax.vocabulary import nearest_prompt, unknown_words
 if TYPE_CHECKING:
     import numpy as np
 
-    from sora_jax.pipeline import Progress, Video
+    from sora_jax.pipeline import Progress
     from sora_jax.record import Record
+    from sora_jax.video import Video
 
 HELP = "make videos from prompts"
 EXAMPLES = """
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--negative-prompt", metavar="TEXT", help="what it should not show")
     what.add_argument("--image", metavar="FILE", help="the first frame")
+    what.add_argument("--last-image", metavar="FILE", help="the last frame; such a video has 1 + 1 + 4k frames")
     what.add_argument("--like", metavar="FILE", help="take prompt and settings from a file that this command wrote")
     size = parser.add_argument_group("size (default: what the model was trained for)")
     size.add_argument("--frames", type=int, metavar="T", help="1 + 4k")
@@ -65,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=1, metavar="N", help="videos at once; with 1, each is the same in any company"
     )
     how.add_argument("--dtype", metavar="DTYPE", default="auto", help="auto, float32 or bfloat16")
+    how.add_argument(
+        "--mesh", metavar="AXIS=N,...", help="spread the model over devices, say fsdp=4,sequence=2 (one device)"
+    )
     files = parser.add_argument_group("files")
     files.add_argument(
         "-o",
@@ -100,15 +105,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--batch-size must be a whole number >= 1, not {args.batch_size}")
     if args.fps is not None and not 0 < args.fps <= 1000:
         raise UserError(f"--fps must lie in (0, 1000], not {args.fps:g}")
+    mesh = _mesh(args.mesh) if args.mesh else None
     given = _given_files(args, like)
     images: dict[str, Any] = {role: _read_image(file) for role, file in given.items()}
 
     started = time.perf_counter()
     from sora_jax.pipeline import Pipeline
 
-    pipe = Pipeline.load(args.model or (like.model if like else "world"), dtype=args.dtype)
+    pipe = Pipeline.load(args.model or (like.model if like else "world"), mesh=mesh, dtype=args.dtype)
     seconds = {"load": time.perf_counter() - started, "compile and sample": 0.0, "decode": 0.0, "write": 0.0}
     warn_of_unknown_words(jobs, pipe.name, pipe.folder.defaults.card)
+    if "last_image" in images and not settings.keys() & {"frames", "seconds"}:
+        settings["frames"] = pipe.folder.defaults.frames + 1
     extent = pipe.extent(**{name: settings.get(name) for name in ("frames", "seconds", "height", "width")})
     for job in jobs:
         _check_out(job.out, extent.frames, args.force)
@@ -260,8 +268,20 @@ def _settings(args: argparse.Namespace, like: Record | None) -> dict[str, Any]:
 
 def _given_files(args: argparse.Namespace, like: Record | None) -> dict[str, str]:
     """The files whose frames are given, by the name of `Pipeline.sample`'s argument."""
-    image = args.image or (like.given.get("image") if like else None)
-    return {"image": image} if image else {}
+    named = {"image": args.image, "last_image": args.last_image}
+    files = {role: file or (like.given.get(role) if like else None) for role, file in named.items()}
+    return {role: file for role, file in files.items() if file}
+
+
+def _mesh(text: str) -> dict[str, int]:
+    """The lengths of axes that "fsdp=4,sequence=2" names; which axes and devices there are is the mesh's to say."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, equals, number = part.strip().partition("=")
+        if not (axis and equals and number.lstrip("-").isdecimal()):
+            raise UserError(f'--mesh takes AXIS=N,AXIS=N,..., say fsdp=4,sequence=2: "{part}" is no axis with a length')
+        sizes[axis] = int(number)
+    return sizes
 
 
 def _read_image(file: str) -> np.ndarray:
@@ -311,6 +331,7 @@ def _check_out(out: str, frames: int | None, force: bool) -> None:
 def _write(video: Video, out: str, args: argparse.Namespace) -> None:
     from sora_jax.media import write_media
 
+    assert video.frames is not None
     write_media(
         video.frames,
         out,
@@ -322,6 +343,7 @@ def _write(video: Video, out: str, args: argparse.Namespace) -> None:
 
 
 def _describe(video: Video, job: Job, fps: float | None) -> dict[str, Any]:
+    assert video.frames is not None
     count, height, width, _ = video.frames.shape
     return {
         "path": job.out,

@@ -20,6 +20,7 @@ from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sora_jax.training.state import TrainState, apply_gradients
 
 MODULE = "autoencoder"  # the one entry of `TrainState.params`
+ENCODER = ("encoder", "quant_conv")  # the parts of an autoencoder that make latents
 
 Step = Callable[[TrainState, Num[Array, "B T H W 3"]], tuple[TrainState, dict[str, Float[Array, ""]]]]
 
@@ -33,6 +34,7 @@ class AutoencoderLossConfig:
     gradient: float = 1.0
     gradient_scales: int = 3
     kl: float = 1e-5
+    train_encoder: bool = True  # False: the decoder alone learns, and latents that were cached stay what they are
 
     def __post_init__(self) -> None:
         if self.gradient_scales < 1:
@@ -65,6 +67,8 @@ def autoencoder_loss(
     The model computes in the dtype of `video`; the terms are float32. `psnr` is of unclipped frames, in dB.
     """
     posterior = model.encode(video)
+    if not weights.train_encoder:
+        posterior = jax.lax.stop_gradient(posterior)
     decoded = model.decode(posterior.sample(key), clip=False)
     error = decoded.astype(jnp.float32) - video.astype(jnp.float32)
     squared = jnp.mean(error * error)
@@ -76,6 +80,11 @@ def autoencoder_loss(
     }
     loss = sum((getattr(weights, name) * value for name, value in terms.items()), jnp.zeros((), jnp.float32))
     return loss, terms | {"loss": loss, "psnr": 10.0 * jnp.log10(4.0 / jnp.maximum(squared, 1e-12))}
+
+
+def with_encoder_of(before: nnx.State, after: nnx.State) -> nnx.State:
+    """The decoder of `after` and the encoder of `before`."""
+    return nnx.State({name: (before if name in ENCODER else after)[name] for name in after})
 
 
 def make_autoencoder_step(
@@ -105,7 +114,13 @@ def make_autoencoder_step(
         (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params, video.astype(dtype), state.step_key()
         )
+        before = state
         state, metrics = apply_gradients(state, grads, loss, optimizer, clip_norm=clip_norm, ema_decay=ema_decay)
+        if not weights.train_encoder:  # weight decay would move it, although its gradients are 0
+            state = state.replace(
+                params={MODULE: with_encoder_of(before.params[MODULE], state.params[MODULE])},
+                ema={MODULE: with_encoder_of(before.ema[MODULE], state.ema[MODULE])},
+            )
         return state, terms | metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -26,6 +26,7 @@ from sora_jax.data.sources import MAX_UNREADABLE_SHARE, Clips
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sora_jax.shapes import latent_extent
+from sora_jax.training.autoencoder_step import ENCODER
 
 Batch = list[dict[str, Any] | str]  # clips, or why they are left out (`data.sources`)
 Progress = Callable[[int, int], None]  # clips done, of how many
@@ -41,9 +42,12 @@ class Encoded(NamedTuple):
 
 
 def autoencoder_hash(config: AutoencoderConfig, params: nnx.State) -> str:
-    """SHA-256 of the config and of every parameter's name and float32 bytes: equal for equal latents only."""
+    """SHA-256 of the config and of every parameter that makes latents, by name and float32 bytes: equal for equal
+    latents only, and the same whatever the decoder has learned since."""
     digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
     for path, variable in sorted(nnx.to_flat_state(params), key=lambda item: list(map(str, item[0]))):
+        if path[0] not in ENCODER:
+            continue
         digest.update(".".join(map(str, path)).encode())
         digest.update(np.ascontiguousarray(variable.get_value(), np.float32).tobytes())
     return digest.hexdigest()

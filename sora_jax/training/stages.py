@@ -245,6 +245,8 @@ def diffusion_flops(transformer: TransformerConfig, text: TextEncoderConfig, tok
 
 def autoencoder_stage(context: Context) -> Stage:
     config, data = context.config, context.config.data
+    if not config.reconstruction.train_encoder and not config.train.init:
+        raise UserError("reconstruction.train_encoder=False keeps an encoder as it is: name its model in train.init")
     graphdef = _structure(lambda rngs: Autoencoder(config.autoencoder, rngs=rngs))
     source = clip_source(data, config.autoencoder.stride.time)
     latent_extent(Extent(data.frames, data.height, data.width), config.autoencoder.stride)
@@ -285,26 +287,30 @@ def autoencoder_stage(context: Context) -> Stage:
 def _make_statistics(context: Context, graphdef: nnx.GraphDef, source: ClipSource) -> Callable[[Any], None]:
     """`write(params)` measures mean and standard deviation of each latent channel over `STATISTICS_CLIPS` clips and
     writes them to WORKDIR/latents.json, from where `load_autoencoder` takes them: the diffusion stage wants latents of
-    unit scale."""
-    rows = context.config.train.batch_size
+    unit scale. An encoder that is not trained keeps the statistics it came with."""
+    rows, kept = context.config.train.batch_size, {}
+    if not context.config.reconstruction.train_encoder:
+        before, _ = load_autoencoder(context.config.train.init)
+        kept = {"mean": before.latents_mean, "std": before.latents_std}
 
     @jax.jit
     def encode(params: Any, clips: jax.Array) -> jax.Array:
         video = clips.astype(jnp.float32) / 127.5 - 1.0
         return nnx.merge(graphdef, params[MODULE]).encode(video).mean
 
-    def write(params: Any) -> None:
+    def measure(params: Any) -> dict[str, Any]:
         first = 2**20  # batches that a run does not reach
         means = [
             np.asarray(encode(params, jax.device_put(source.draw(first + i, rows, False))), np.float64)
             for i in range(-(-STATISTICS_CLIPS // rows))
         ]
         values = np.concatenate(means).reshape(-1, means[0].shape[-1])
+        return {"mean": values.mean(axis=0).tolist(), "std": values.std(axis=0).tolist()}
+
+    def write(params: Any) -> None:
+        statistics = kept or measure(params)
         if jax.process_index() == 0:
-            write_text(
-                context.workdir / LATENT_STATISTICS,
-                json.dumps({"mean": values.mean(axis=0).tolist(), "std": values.std(axis=0).tolist()}, indent=2) + "\n",
-            )
+            write_text(context.workdir / LATENT_STATISTICS, json.dumps(statistics, indent=2) + "\n")
 
     return write
 

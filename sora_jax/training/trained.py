@@ -12,13 +12,15 @@ from sora_jax.config import Config
 from sora_jax.data.world.words import world_prompts, world_words
 from sora_jax.errors import UserError
 from sora_jax.models.tokenizer import ByteTokenizer
+from sora_jax.training.encoding import autoencoder_hash
 from sora_jax.training.pretrained import load_autoencoder, load_run
 from sora_jax.weights.defaults import SamplingDefaults, SchedulerDefaults
 from sora_jax.weights.layout import ModelFolder
 
 
-def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None) -> ModelFolder:
-    """The averaged parameters of a diffusion run, with the autoencoder that its latents were made by.
+def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None, autoencoder: str = "") -> ModelFolder:
+    """The averaged parameters of a diffusion run, with the autoencoder that its latents were made by, or with
+    `autoencoder`, whose encoder must be that one's: a model or run whose decoder alone has learned since.
 
     Raises `UserError` for a run without a checkpoint, and for one that trained an autoencoder alone.
     """
@@ -29,13 +31,21 @@ def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None) -> ModelFolde
             f"{workdir} has trained {' and '.join(run.params)} alone, which makes no videos: name a run of the "
             "diffusion stage"
         )
-    autoencoder_config, autoencoder = load_autoencoder(config.data.autoencoder)
+    autoencoder_config, autoencoder_params = load_autoencoder(config.data.autoencoder)
+    if autoencoder:
+        ours = autoencoder_hash(autoencoder_config, autoencoder_params)
+        autoencoder_config, autoencoder_params = load_autoencoder(autoencoder)
+        if autoencoder_hash(autoencoder_config, autoencoder_params) != ours:
+            raise UserError(
+                f"{autoencoder} makes other latents than {config.data.autoencoder}, which {workdir} was trained on; "
+                "give one whose decoder alone was trained since (reconstruction.train_encoder=False)"
+            )
     sample = config.sample
     return ModelFolder(
         transformer_config=config.transformer,
         transformer=run.params["transformer"],
         autoencoder_config=autoencoder_config,
-        autoencoder=autoencoder,
+        autoencoder=autoencoder_params,
         text_encoder_config=config.text_encoder,
         text_encoder=run.params["text_encoder"],
         # Sampling gives every prompt as many places as training rows had text.

@@ -1,0 +1,90 @@
+"""What a model made, and how: the settings of sampling, and the video with its record."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, UInt8
+
+from sora_jax.canvas import Canvas
+from sora_jax.diffusion.sampler import find_solver, level_schedule
+from sora_jax.errors import UserError
+from sora_jax.media import check_writable, write_media
+from sora_jax.record import Record
+
+SHOWN_HEIGHT = 256  # pixels of a video in a notebook, at least
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a video is sampled; refuses what no solver can do."""
+
+    steps: int
+    guidance: float
+    solver: str
+    shift: float
+    negative_prompt: str
+
+    def __post_init__(self) -> None:
+        find_solver(self.solver)
+        level_schedule(self.steps, self.shift)
+        if not math.isfinite(self.guidance):
+            raise UserError(f"guidance must be a finite number, not {self.guidance}")
+
+    def record(self, canvas: Canvas, seed: int, model: str, fps: float) -> Record:
+        return Record(
+            prompt=" | ".join(dict.fromkeys(canvas.prompts)),
+            seed=seed,
+            model=model,
+            frames=canvas.frames,
+            height=canvas.height,
+            width=canvas.width,
+            fps=fps,
+            **dataclasses.asdict(self),
+        )
+
+
+@dataclass(frozen=True)
+class Video:
+    """What a model made, and how. `frames` are untouched by watermark and codec, which come with `save`.
+
+    `frames` are None where latents were asked for, and `latents` where frames were. `trajectory`, where it was asked
+    for, holds the prediction of the clean latents after each solver step; `Pipeline.decode` makes frames of them.
+    """
+
+    frames: UInt8[np.ndarray, "T H W 3"] | Float[np.ndarray, "T H W 3"] | None  # float: in [0, 1]
+    fps: float
+    record: Record
+    latents: Float[np.ndarray, "F h w C"] | None = None  # normalised
+    trajectory: Float[np.ndarray, "S F h w C"] | None = None  # normalised
+
+    def save(self, path: epath.PathLike, **options: Any) -> None:
+        """Write the video with its record; the suffix of `path` chooses the format (see `media.write_media`)."""
+        if self.frames is None:
+            raise UserError('this video is latents and has no frames to save: sample with output="uint8"')
+        check_writable(path)
+        write_media(self.frames, path, self.record, fps=self.fps, **options)
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows: the video in a loop, small ones enlarged to whole multiples without blur."""
+        if self.frames is None:
+            return None
+        height, width = self.frames.shape[1:3]
+        scale = max(1, -(-SHOWN_HEIGHT // height))
+        still = len(self.frames) == 1
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / ("shown.png" if still else "shown.mp4")
+            write_media(self.frames, file, self.record, fps=self.fps, scale=1 if still else scale)
+            data = base64.b64encode(file.read_bytes()).decode()
+        size = f'width="{width * scale}" height="{height * scale}" style="image-rendering: pixelated"'
+        if still:
+            return f'<img src="data:image/png;base64,{data}" {size}>'
+        return f'<video src="data:video/mp4;base64,{data}" {size} autoplay loop muted controls></video>'
