@@ -174,8 +174,9 @@ def entry_point() -> NoReturn:
 
 def _announce(args: argparse.Namespace) -> None:
     """The head of every run: what it runs on, and what stands idle."""
-    from sora_jax.runtime import describe_devices, enable_compile_cache
+    from sora_jax.runtime import describe_devices, enable_compile_cache, keep_memory
 
+    keep_memory()
     enable_compile_cache()
     devices = describe_devices(getattr(args, "dtype", None) or "auto")
     _say(f"{__version__} · {devices.line}", separator=" ")

@@ -23,10 +23,11 @@ from sora_jax.media import read_media
 from sora_jax.models import layers
 from sora_jax.training import loop
 from sora_jax.training.checkpoint import Checkpoints
+from sora_jax.training.diffusion_stage import diffusion_flops
 from sora_jax.training.loop import Summary, train
 from sora_jax.training.metrics import Averages, LateMetrics, MetricsWriter, peak_flops
 from sora_jax.training.pretrained import find_pretrained
-from sora_jax.training.stages import Context, Stage, diffusion_flops
+from sora_jax.training.stage import Context, Stage
 from sora_jax.training.state import TrainState, apply_gradients
 
 ROWS = 8

@@ -1,6 +1,6 @@
-"""The training run, top to bottom; both stages go through it.
+"""The training run, top to bottom; all stages go through it.
 
-What a stage is made of (parameters, step, batches, validation, samples) is in `stages`. Here is what a run is made of:
+What a stage is made of (parameters, step, batches, validation, samples) is in `stage`. Here is what a run is made of:
 a mesh, a state that is initialised or restored, a loop, and files in the workdir:
 
     config.json  metrics.jsonl  tensorboard/  checkpoints/  samples/
@@ -31,7 +31,6 @@ from sora_jax.errors import UserError
 from sora_jax.media import write_media
 from sora_jax.record import Record
 from sora_jax.runtime import compute_dtype
-from sora_jax.training import stages
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.files import write_text
 from sora_jax.training.metrics import Averages, Clock, LateMetrics, MetricsWriter, peak_flops
@@ -39,6 +38,8 @@ from sora_jax.training.optimizer import count_parameters, make_optimizer, make_s
 from sora_jax.training.pretrained import load_modules
 from sora_jax.training.progress import Progress, duration
 from sora_jax.training.samples import film_strips, grid
+from sora_jax.training.stage import Context, MakeStage, Stage
+from sora_jax.training.stages import STAGES
 from sora_jax.training.state import abstract_state, init_state, make_init
 
 Say = Callable[[str], None]
@@ -58,13 +59,13 @@ def train(
     *,
     force: bool = False,
     say: Say | None = None,
-    make_stage: stages.MakeStage | None = None,
+    make_stage: MakeStage | None = None,
 ) -> Summary:
     """Train as `config` says, from the newest checkpoint in `workdir` where there is one.
 
     `workdir` is a path or URL. `force` goes on although the workdir was made by another config or data.
     `say` gets every line for people (default: stderr, with a progress bar on a terminal). `make_stage` builds something
-    else than the two stages that configs can name.
+    else than the stages that configs can name.
 
     Raises `UserError` when the workdir holds another config, when its checkpoints do not fit, and when gradients were
     not finite for `train.max_skipped` steps in a row.
@@ -89,8 +90,8 @@ def train(
     # ------------------------------------------------------------------------------------------------- data and model
     optimizer = make_optimizer(config.optimizer, settings.steps)
     learning_rate = make_schedule(config.optimizer, settings.steps, config.optimizer.learning_rate)
-    context = stages.Context(config, workdir, mesh, optimizer, dtype, say)
-    stage = (make_stage or stages.STAGES[settings.stage])(context)
+    context = Context(config, workdir, mesh, optimizer, dtype, say)
+    stage = (make_stage or STAGES[settings.stage])(context)
 
     # -------------------------------------------------------------------------------------------------------- restore
     init = make_init(stage.make_params, optimizer)
@@ -251,7 +252,7 @@ def write_samples(
 class Window:
     """Speed between two lines."""
 
-    def __init__(self, clock: Clock, stage: stages.Stage, mesh: jax.sharding.Mesh):
+    def __init__(self, clock: Clock, stage: Stage, mesh: jax.sharding.Mesh):
         self._clock, self._stage = clock, stage
         kind = mesh.devices.flat[0].device_kind
         self._peak = (peak_flops(kind) or 0.0) * mesh.size

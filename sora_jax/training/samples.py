@@ -26,7 +26,7 @@ from sora_jax.training.diffusion_step import DiffusionModules, condition_of
 from sora_jax.training.pretrained import load_autoencoder
 
 if TYPE_CHECKING:
-    from sora_jax.training.stages import Context
+    from sora_jax.training.stage import Context
 
 Sample = Callable[[Any], list[np.ndarray]]
 

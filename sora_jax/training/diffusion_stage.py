@@ -1,0 +1,164 @@
+"""The diffusion stage: cached latents, packed rows -> velocity loss; text encoder and transformer together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from flax import nnx
+
+from sora_jax import sharding
+from sora_jax.data.latents import LatentSource
+from sora_jax.data.loader import make_loader
+from sora_jax.data.sources import Clips, FolderSource, WorldClips
+from sora_jax.errors import UserError
+from sora_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+from sora_jax.models.tokenizer import ByteTokenizer
+from sora_jax.models.transformer import Transformer, TransformerConfig
+from sora_jax.tokens.packing import PackedRows
+from sora_jax.training.diffusion_step import DiffusionModules, make_diffusion_step, make_diffusion_validation
+from sora_jax.training.encoding import encode_clips
+from sora_jax.training.pretrained import load_autoencoder
+from sora_jax.training.samples import diffusion_sampler
+from sora_jax.training.stage import Context, Stage, mean_over, parameters_of, structure_of
+
+VALIDATION_BATCHES = 2
+
+
+def diffusion_stage(context: Context) -> Stage:
+    config, data = context.config, context.config.data
+    transformer, text_encoder = config.transformer, config.text_encoder
+    if transformer.text_dim != text_encoder.d_model:
+        raise UserError(
+            f"transformer.text_dim {transformer.text_dim} is not the width of the text encoder's output "
+            f"(text_encoder.d_model {text_encoder.d_model})"
+        )
+    folder = data.latents or make_latents(context)
+    source = LatentSource(folder, stop=-data.held_out or None)
+    if source.info.channels != transformer.in_channels:
+        raise UserError(
+            f"the latents in {folder} have {source.info.channels} channels and transformer.in_channels is "
+            f"{transformer.in_channels}"
+        )
+    tokenizer = ByteTokenizer()
+    loader_options: dict[str, Any] = {
+        "tokenize": tokenizer.encode,
+        "row_tokens": data.row_tokens,
+        "row_text": data.row_text,
+        "row_groups": data.groups,
+        "patch": transformer.patch,
+        "seed": data.seed,
+        "image_share": data.image_share,
+        "prefix_share": data.prefix_share,
+        "skip_long_captions": data.skip_long_captions,
+    }
+    batches = make_loader(
+        source,
+        rows=context.local_rows,
+        caption_dropout=data.caption_dropout,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workers=data.workers,
+        **loader_options,
+    )
+    modules = DiffusionModules(
+        transformer=structure_of(lambda rngs: Transformer(transformer, rngs=rngs)),
+        text_encoder=structure_of(lambda rngs: TextEncoder(text_encoder, rngs=rngs)),
+    )
+
+    def make_params(key: jax.Array) -> dict[str, Any]:
+        keys = jax.random.split(key)
+        return {
+            "transformer": parameters_of(Transformer(transformer, rngs=nnx.Rngs(params=keys[0]))),
+            "text_encoder": parameters_of(TextEncoder(text_encoder, rngs=nnx.Rngs(params=keys[1]))),
+        }
+
+    step = make_diffusion_step(
+        modules,
+        context.optimizer,
+        config.levels,
+        clip_norm=config.optimizer.clip_norm,
+        ema_decay=config.train.ema,
+        dtype=context.dtype,
+    )
+    validate = None
+    if data.held_out:
+        validate = mean_over(
+            make_diffusion_validation(modules, jax.random.key(0), dtype=context.dtype),
+            _held_out_rows(LatentSource(folder, start=-data.held_out), context, loader_options),
+        )
+    rows = config.train.batch_size
+    return Stage(
+        make_params=make_params,
+        step=step,
+        batches=_Packed(batches),
+        describe=f"{rows} rows x {data.row_tokens} tokens from {len(source)} clips",
+        tokens_per_step=rows * data.row_tokens,
+        flops_per_step=3.0 * rows * diffusion_flops(transformer, text_encoder, data.row_tokens, data.row_text),
+        validate=validate,
+        sample=diffusion_sampler(context, modules, tokenizer),
+    )
+
+
+def make_latents(context: Context) -> epath.Path:
+    """WORKDIR/latents, encoded now as far as it is not yet: for a run whose config names no latent cache."""
+    data, folder = context.config.data, context.workdir / "latents"
+    config, params = load_autoencoder(data.autoencoder)
+    size: dict[str, Any] = {"frames": data.frames, "height": data.height, "width": data.width}
+    source: Clips
+    if data.source == "world":
+        source = WorldClips(data.clips, seed=data.seed, sizes=data.sizes, **size)
+    else:
+        source = FolderSource(data.source, fps=data.fps, step=config.stride.time, **size)
+    said = -1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said
+        if done < total and 20 * done // total > said:
+            said = 20 * done // total
+            context.say(f"encoding {data.source} to {folder}: {done} of {total} clips")
+
+    if jax.process_count() > 1:
+        raise UserError("with several processes, encode first (sora-jax encode) and name the cache in data.latents")
+    encode_clips(
+        source, config, params, folder, name=data.autoencoder, dtype=context.dtype, mesh=context.mesh, progress=progress
+    )
+    return folder
+
+
+class _Packed:
+    """A loader's dicts as `PackedRows`."""
+
+    def __init__(self, loader: Any):
+        self._loader = loader
+        self.state, self.restore, self.close = loader.state, loader.restore, loader.close
+
+    def __next__(self) -> PackedRows:
+        return PackedRows(**next(self._loader))
+
+
+def _held_out_rows(source: LatentSource, context: Context, options: Mapping[str, Any]) -> list[PackedRows]:
+    """The same few batches of clips that are not trained on, at every validation of every run."""
+    with make_loader(
+        source, rows=context.config.train.batch_size, shuffle=False, epochs=1, **{**options, "seed": 0}
+    ) as loader:
+        return [
+            jax.device_put(PackedRows(**batch), sharding.batch_sharding(context.mesh))
+            for _, batch in zip(range(VALIDATION_BATCHES), loader, strict=False)
+        ]
+
+
+def diffusion_flops(transformer: TransformerConfig, text: TextEncoderConfig, tokens: int, text_tokens: int) -> float:
+    """Floating-point operations of a row's forward pass: matrix products and attention, of padding too."""
+    N, L, D, ff = tokens, text_tokens, transformer.dim, transformer.ffn_dim
+    patch = math.prod(transformer.patch)
+    # a layer: self-attention 4 D^2, cross-attention 2 D^2 and its text 2 D^2, MLP 2 D ff; scores and their values
+    layer = 2 * N * (6 * D**2 + 2 * D * ff) + 4 * L * D**2 + 4 * N * N * D + 4 * N * L * D
+    borders = 2 * N * D * patch * (transformer.in_channels + transformer.out_channels)
+    borders += 2 * L * (transformer.text_dim * D + D * D)
+    inner = text.num_heads * text.d_kv
+    text_layer = 2 * L * (4 * text.d_model * inner + 3 * text.d_model * text.d_ff) + 4 * L * L * inner
+    return float(transformer.n_layers * layer + borders + text.num_layers * text_layer)

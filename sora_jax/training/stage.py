@@ -1,0 +1,84 @@
+"""What a stage of training is, as the loop sees it: parameters, a step, batches, a validation and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+
+from sora_jax.config import Config
+from sora_jax.training.state import TrainState
+
+Videos = list[np.ndarray]  # uint8 [T, H, W, 3] each
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """An endless iterator that can say where it is and be put there again; `state` fits into JSON."""
+
+    def __next__(self) -> Any: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage is built from."""
+
+    config: Config
+    workdir: epath.Path
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    dtype: jnp.dtype
+    say: Callable[[str], None]
+
+    @property
+    def local_rows(self) -> int:
+        """Of a batch, how many are made by this process."""
+        return self.config.train.batch_size // jax.process_count()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`batches` yield numpy trees, whose first axis is this process's rows; `step` takes them as arrays of the mesh."""
+
+    make_params: Callable[[jax.Array], Mapping[str, Any]]
+    step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+    batches: Batches
+    describe: str  # of a batch, for people
+    tokens_per_step: int = 0
+    flops_per_step: float = 0.0  # forward and backward, by formula; 0 = not known
+    validate: Callable[[Any], dict[str, jax.Array]] | None = None  # of params, usually the average
+    sample: Callable[[Any], Videos] | None = None
+    describe_checkpoint: Callable[[Any], None] | None = None  # of the averages, before each checkpoint
+
+
+MakeStage = Callable[[Context], Stage]
+
+
+def structure_of(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), graph=False)[0]
+
+
+def parameters_of(module: nnx.Module) -> nnx.State:
+    return nnx.split(module, graph=False)[1]
+
+
+def mean_over(
+    validate: Callable[..., dict[str, jax.Array]], batches: list[Any]
+) -> Callable[[Any], dict[str, jax.Array]]:
+    def mean(params: Any) -> dict[str, jax.Array]:
+        return jax.tree.map(
+            lambda *values: jnp.mean(jnp.stack(values)), *[validate(params, batch) for batch in batches]
+        )
+
+    return mean

@@ -1,0 +1,71 @@
+"""The text stage: captions -> what they say; the text encoder learns to read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from sora_jax import sharding
+from sora_jax.errors import UserError
+from sora_jax.models.text_encoder import TextEncoder
+from sora_jax.training.numbered_batches import NumberedBatches
+from sora_jax.training.stage import Context, Stage, mean_over, parameters_of, structure_of
+from sora_jax.training.text_step import (
+    Captions,
+    Reader,
+    TextModules,
+    make_text_step,
+    reading_loss,
+    world_captions,
+)
+
+
+def text_stage(context: Context) -> Stage:
+    config, data = context.config, context.config.data
+    if data.source != "world":
+        raise UserError(f"only captions of the world come with what they say: data.source is {data.source}, not world")
+    rows = context.local_rows
+    modules = TextModules(
+        text_encoder=structure_of(lambda rngs: TextEncoder(config.text_encoder, rngs=rngs)),
+        reader=structure_of(lambda rngs: Reader(config.text_encoder.d_model, rngs=rngs)),
+    )
+
+    def make_params(key: jax.Array) -> dict[str, Any]:
+        keys = jax.random.split(key)
+        return {
+            "text_encoder": parameters_of(TextEncoder(config.text_encoder, rngs=nnx.Rngs(params=keys[0]))),
+            "reader": parameters_of(Reader(config.text_encoder.d_model, rngs=nnx.Rngs(params=keys[1]))),
+        }
+
+    def batch(number: int) -> Captions:
+        part = number * jax.process_count() + jax.process_index()
+        return world_captions(data.seed, part * rows, rows, data.row_text)
+
+    validate = None
+    if data.held_out:
+        captions = world_captions(data.seed, 0, rows, data.row_text, split="heldout", dense=False)
+        placed = [jax.device_put(captions, sharding.batch_sharding(context.mesh))]
+
+        @jax.jit
+        def read(params: Any, captions: Captions) -> dict[str, jax.Array]:
+            loss, shares = reading_loss(modules, params, captions, context.dtype)
+            return {"loss": loss, **shares}
+
+        validate = mean_over(read, placed)
+    step = make_text_step(
+        modules,
+        context.optimizer,
+        clip_norm=config.optimizer.clip_norm,
+        ema_decay=config.train.ema,
+        dtype=context.dtype,
+    )
+    return Stage(
+        make_params=make_params,
+        step=step,
+        batches=NumberedBatches(batch, {"world": data.seed, "processes": jax.process_count()}),
+        describe=f"{config.train.batch_size} captions x {data.row_text} bytes",
+        tokens_per_step=config.train.batch_size * data.row_text,
+        validate=validate,
+    )
