@@ -65,7 +65,7 @@ def _stage_seconds(model: str, stage: str) -> float:
 
 
 def world_train_step(model: str) -> float:
-    """One step of the world's diffusion training: 64 rows of one clip each."""
+    """One step of the world's diffusion training: the config's batch, one clip a row."""
     import jax
 
     from sora_jax.bench.programs import full_rows, training_program

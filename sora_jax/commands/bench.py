@@ -25,7 +25,7 @@ ROWS = {
     "first-video-cold": "the whole sample command, nothing compiled before",
     "first-video-warm": "the whole sample command, with the compile cache that a first one left",
     "world-sampler-step": "a guided solver step of one video",
-    "world-train-step": "a train step of 64 clips",
+    "world-train-step": "a train step of the config world, a full batch of rows",
     "autoencoder-decode": "17 frames of 64x64 from their latents",
     "loader": "a clip from the latent cache into a packed row, one core",
     "world-render": "a clip of the world, 17 frames of 64x64 and its captions, one core",
