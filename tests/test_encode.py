@@ -24,7 +24,7 @@ class Clips:
     """Random clips of these lengths, of 8x8; those in `bad` cannot be read, and `stop` presses Ctrl-C."""
 
     identity: ClassVar = {"made": "in memory"}
-    extent = Extent(5, 8, 8)
+    extents = (Extent(5, 8, 8),)
 
     def __init__(self, lengths, bad=(), stop=None):
         self.lengths, self.bad, self.stop = lengths, bad, stop
@@ -134,11 +134,16 @@ def test_devices_share_a_batch(encode, tmp_path):
 def test_another_autoencoder_is_refused(encode, autoencoder, tmp_path):
     config, params = autoencoder
     encode(Clips([1] * 3))
-    other = jax.tree.map(lambda leaf: leaf, params)
-    path = nnx.to_flat_state(other)[0][0]
-    flat = dict(nnx.to_flat_state(other))
-    flat[path] = flat[path].replace(flat[path].get_value() + 1e-6)
-    other = nnx.from_flat_state(flat.items())
+
+    def nudged(part):
+        flat = dict(nnx.to_flat_state(params))
+        path = next(path for path in flat if path[0] == part)
+        flat[path] = flat[path].replace(flat[path].get_value() + 1e-6)
+        return nnx.from_flat_state(flat.items())
+
+    other = nudged("encoder")
+    assert autoencoder_hash(config, nudged("quant_conv")) != autoencoder_hash(config, params)
+    assert autoencoder_hash(config, nudged("decoder")) == autoencoder_hash(config, params), "it makes no latents"
     assert autoencoder_hash(config, params) == autoencoder_hash(config, jax.tree.map(jnp.array, params))
     with pytest.raises(UserError, match=r"holds latents of autoencoder tiny \(\w{12}\), not mine \(\w{12}\)"):
         encode(Clips([1] * 3), autoencoder=(config, other), name="mine")

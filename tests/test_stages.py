@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -96,7 +98,7 @@ def test_a_run_gives_its_averages_and_its_autoencoder(autoencoder_run: Path, aut
     saved = checkpoints.arrays(2)
     checkpoints.close()
     config, params = load_autoencoder(str(autoencoder_run))
-    assert config == autoencoder_config.autoencoder
+    assert dataclasses.replace(config, latents_mean=None, latents_std=None) == autoencoder_config.autoencoder
     kernel = params["encoder"]["conv_in"]["kernel"][...]
     np.testing.assert_array_equal(kernel, saved["ema.autoencoder.encoder.conv_in.kernel"])
     assert not np.array_equal(kernel, saved["params.autoencoder.encoder.conv_in.kernel"])
@@ -260,7 +262,7 @@ def test_latents_are_scaled_by_what_the_run_of_their_autoencoder_measured(autoen
     model = nnx.merge(nnx.split(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))), graph=False)[0], params)
     # other clips than those that were measured, of the same world
     clips = np.stack([item["frames"] for item in WorldSource(0, 64, frames=5, height=16, width=16).batch(range(64))])
-    latents = np.asarray(model.normalize(model.encode(clips.astype(np.float32) / 127.5 - 1.0).mean))
+    latents = np.asarray(model.normalize(model.encode(jnp.asarray(clips, jnp.float32) / 127.5 - 1.0).mean))
     np.testing.assert_allclose(latents.mean(axis=(0, 1, 2, 3)), 0.0, atol=0.3)
     np.testing.assert_allclose(latents.std(axis=(0, 1, 2, 3)), 1.0, atol=0.25)
 

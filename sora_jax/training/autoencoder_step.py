@@ -84,7 +84,11 @@ def autoencoder_loss(
 
 def with_encoder_of(before: nnx.State, after: nnx.State) -> nnx.State:
     """The decoder of `after` and the encoder of `before`."""
-    return nnx.State({name: (before if name in ENCODER else after)[name] for name in after})
+
+    def choose(path: tuple[Any, ...], old: jax.Array, new: jax.Array) -> jax.Array:
+        return old if getattr(path[0], "key", path[0]) in ENCODER else new
+
+    return jax.tree_util.tree_map_with_path(choose, before, after)
 
 
 def make_autoencoder_step(
