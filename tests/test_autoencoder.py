@@ -267,6 +267,7 @@ def test_a_convolution_of_frames_has_the_gradient_of_finite_differences(stride: 
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(1, 2, 4, 6, 2)), rng.normal(size=(3, 3, 2, 2))
     with jax.enable_x64(True):
+        arrays = jnp.asarray(x), jnp.asarray(kernel)
         check_grads(jax.jit(lambda x, k: causal_conv.conv_frames(x, k, stride, padding)), arrays, 1, ["rev"])
 
 
