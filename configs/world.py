@@ -6,7 +6,7 @@ Source: the forms of Wan (arXiv:2503.20314) at 1/400 of its size, trained on the
     sora-jax train --config world --workdir runs/world --config.train.init=runs/text
 
 One clip is 80 tokens of 4x4 latents in 5 latent frames; an image is 16 tokens, and several share a row. The text
-encoder starts from one that can read (configs/world_text.py), which makes all the difference (docs/world.md).
+encoder starts from one that can read (configs/world_text.py); world-1's first version, without, is in docs/world.md.
 
 Cost: 1.1 steps/s on two quiet cores with AVX-512, 65 min for the 4,250 steps of world-1 (204,000 rows).
 Expected loss (training, over all levels): .36 after 1,000 steps, .26 after 2,300, .21 after 3,600; validation at ten

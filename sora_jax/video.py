@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import math
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from jaxtyping import Float, UInt8
 from sora_jax.canvas import Canvas
 from sora_jax.diffusion.sampler import find_solver, level_schedule
 from sora_jax.errors import UserError
-from sora_jax.media import check_writable, write_media
+from sora_jax.media import check_writable, media_bytes, write_media
 from sora_jax.record import Record
 
 SHOWN_HEIGHT = 256  # pixels of a video in a notebook, at least
@@ -80,10 +78,10 @@ class Video:
         height, width = self.frames.shape[1:3]
         scale = max(1, -(-SHOWN_HEIGHT // height))
         still = len(self.frames) == 1
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / ("shown.png" if still else "shown.mp4")
-            write_media(self.frames, file, self.record, fps=self.fps, scale=1 if still else scale)
-            data = base64.b64encode(file.read_bytes()).decode()
+        shown = media_bytes(
+            self.frames, ".png" if still else ".mp4", self.record, fps=self.fps, scale=1 if still else scale
+        )
+        data = base64.b64encode(shown).decode()
         size = f'width="{width * scale}" height="{height * scale}" style="image-rendering: pixelated"'
         if still:
             return f'<img src="data:image/png;base64,{data}" {size}>'

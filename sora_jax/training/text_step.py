@@ -39,10 +39,10 @@ def world_captions(
     seed: int, first: int, rows: int, row_text: int, *, split: str = "train", dense: bool = True
 ) -> Captions:
     """Captions of the world from scene `first` on: a short and a dense one of each scene, or short ones alone."""
-    pad, tokenizer = np.zeros((rows, row_text), np.int32), ByteTokenizer(max_length=row_text)
+    tokens, ids = (np.zeros((rows, row_text), np.int32) for _ in range(2))
+    tokenizer = ByteTokenizer(max_length=row_text)
     scenes = range(first, first + -(-rows // (1 + dense)))
     made = captions_with_answers(seed, scenes, split=split, dense=dense)[:rows]
-    tokens, ids = pad.copy(), pad.copy()
     for row, (text, _) in enumerate(made):
         encoded = tokenizer.encode(text[: row_text - 1])
         tokens[row, : len(encoded)], ids[row, : len(encoded)] = encoded, 1
