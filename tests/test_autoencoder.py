@@ -86,6 +86,19 @@ def test_strides_of_the_open_models():
     assert open_22.pixel_channels == 12
 
 
+def test_a_decoder_may_have_other_widths_than_the_encoder():
+    config = dataclasses.replace(FORMS["2.2"], decoder_base_dim=2, decoder_dim_mult=(1, 4, 8))
+    params = nnx.split(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))), graph=False)[1]
+    kernels = [params["decoder"][conv]["kernel"].shape for conv in ("conv_in", "conv_out")]
+    assert kernels == [(3, 3, 3, 3, 16), (3, 3, 3, 2, 12)]
+    assert params["encoder"]["conv_out"]["kernel"].shape == (3, 3, 3, 8, 6)
+    assert AutoencoderConfig.from_dict(config.to_dict()).decoder_dim_mult == (1, 4, 8)
+    assert "decoder_dim_mult" not in FORMS["2.2"].to_dict(), "readers of the open models' files do not know it"
+    for wrong, words in (((1, 2), "it needs one for each of the 3 levels"), ((1, 2, 32), "32 must divide 2 x 8")):
+        with pytest.raises(UserError, match=words):
+            dataclasses.replace(config, decoder_dim_mult=wrong)
+
+
 @both_forms
 def test_latents_do_not_see_later_frames(form: str):
     before = video(form)
@@ -231,20 +244,24 @@ def direct_causal_conv(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
-@pytest.mark.parametrize("form", ["conv_2d_sum", "conv_3d"])
+@pytest.mark.parametrize("form", ["conv_2d_sum", "conv_3d", "by_products"])
 def test_causal_convolution_is_the_direct_sum(form: str, frames: int):
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(2, frames, 4, 5, 3)), rng.normal(size=(3, 3, 3, 3, 4))
     expected = direct_causal_conv(x, kernel)
     x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
-    conv = getattr(causal_conv, form)
+    conv = by_products if form == "by_products" else getattr(causal_conv, form)
     np.testing.assert_allclose(conv(x, kernel, 0), expected, atol=1e-4)
     if frames > 2:  # the first two frames as past: the rest is as before
         np.testing.assert_allclose(conv(x, kernel, 2), expected[:, 2:], atol=1e-4)
 
 
+def by_products(x: jax.Array, kernel: jax.Array, lead: int) -> jax.Array:
+    return causal_conv.conv_by_products(x, kernel, lead, 1, ((1, 1), (1, 1)))
+
+
 @pytest.mark.parametrize(("frames", "lead"), [(1, 0), (2, 0), (5, 0), (3, 2), (6, 2)])
-def test_both_forms_of_the_convolution_have_one_gradient(frames: int, lead: int):
+def test_all_forms_of_the_convolution_have_one_gradient(frames: int, lead: int):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, frames, 4, 3, 2)).astype(np.float32)
     weight = rng.normal(size=(2, frames - lead, 4, 3, 3)).astype(np.float32)
@@ -255,7 +272,7 @@ def test_both_forms_of_the_convolution_have_one_gradient(frames: int, lead: int)
         return jax.grad(lambda x, k: jnp.sum(conv(x, k) * weight), argnums=(0, 1))(*arrays)
 
     native = gradients(lambda x, k: causal_conv.conv_3d(x, k, lead))
-    forms = [gradients(lambda x, k: causal_conv.conv_2d_sum(x, k, lead))]
+    forms = [gradients(lambda x, k, f=form: f(x, k, lead)) for form in (causal_conv.conv_2d_sum, by_products)]
     if not lead:
         forms.append(gradients(causal_conv.causal_conv))
     for ours in forms:
@@ -270,6 +287,12 @@ def test_a_convolution_of_frames_has_the_gradient_of_finite_differences(stride: 
         arrays = jnp.asarray(x), jnp.asarray(kernel)
         check_grads(jax.jit(lambda x, k: causal_conv.conv_frames(x, k, stride, padding)), arrays, 1, ["rev"])
 
+        def products(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            return causal_conv.conv_by_products(x, kernel[None], 0, stride, padding)
+
+        np.testing.assert_allclose(products(*arrays), causal_conv.conv_frames(*arrays, stride, padding), atol=1e-9)
+        check_grads(jax.jit(products), arrays, 1, ["rev"])
+
 
 @pytest.mark.parametrize(("platform", "axes"), [("cpu", 4), ("tpu", 5), ("cuda", 5)])
 def test_the_platform_compiled_for_chooses_the_convolution(platform: str, axes: int):
@@ -278,6 +301,19 @@ def test_the_platform_compiled_for_chooses_the_convolution(platform: str, axes: 
     convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
     assert len(convolutions) == (3 if platform == "cpu" else 1)
     assert all(line.split("-> tensor<")[1].count("x") == axes for line in convolutions)
+
+
+@pytest.mark.parametrize(
+    "conv", [causal_conv.causal_conv, lambda x, k: causal_conv.conv_frames(x, k[0], 2, ((0, 1),) * 2)]
+)
+def test_bfloat16_on_a_cpu_is_computed_by_products_with_float32_sums(conv):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(1, 3, 6, 6, 40)), rng.normal(size=(3, 3, 3, 40, 4)) / 33
+    x, kernel = (jnp.asarray(y, jnp.bfloat16) for y in (x, kernel))
+    assert "stablehlo.convolution" not in jax.jit(conv).lower(x, kernel).as_text()
+    exact = conv(x.astype(jnp.float32), kernel.astype(jnp.float32))
+    # of the order of 1; sums are exact, and their result is rounded to 8 bits
+    np.testing.assert_allclose(conv(x, kernel).astype(jnp.float32), exact, atol=0.02, rtol=0.004)
 
 
 def test_untrained_convolutions_treat_every_frame_as_an_image():

@@ -50,12 +50,18 @@ class AutoencoderConfig:
     latents_std: tuple[float, ...] | None = None  # None: ones
     is_residual: bool = False
     patch_size: int | None = None  # side of the pixel square folded into channels; None: 1
+    decoder_dim_mult: tuple[int, ...] | None = None  # None: as dim_mult; no open model has another
 
     def __post_init__(self) -> None:
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
             raise UserError(
                 f"temperal_downsample has {len(self.temperal_downsample)} entries for {len(self.dim_mult)} levels; "
                 f"it needs {len(self.dim_mult) - 1}, one for each step between levels"
+            )
+        if self.decoder_dim_mult is not None and len(self.decoder_dim_mult) != len(self.dim_mult):
+            raise UserError(
+                f"decoder_dim_mult has {len(self.decoder_dim_mult)} entries; it needs one for each of the "
+                f"{len(self.dim_mult)} levels of dim_mult"
             )
         for name in ("latents_mean", "latents_std"):
             value = getattr(self, name)
@@ -77,6 +83,16 @@ class AutoencoderConfig:
                     f"{wide} times the base width by averaging {factor} pixels, and {wide} must divide "
                     f"{narrow} x {factor}; the last two entries must be equal"
                 )
+        if (mult := self.decoder_dim_mult) is None:
+            return
+        for level in range(1, last):
+            factor = 4 * (1 + self.temperal_downsample[level - 1])
+            if mult[level] * factor % mult[level + 1]:
+                raise UserError(
+                    f"decoder_dim_mult {mult} cannot have residual shortcuts: level {level} repeats {mult[level + 1]} "
+                    f"times the base width into {factor} pixels of {mult[level]} times; {mult[level + 1]} must divide "
+                    f"{mult[level]} x {factor}"
+                )
 
     @property
     def stride(self) -> Stride:
@@ -93,6 +109,8 @@ class AutoencoderConfig:
         values = {
             name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
+        if self.decoder_dim_mult is None:
+            del values["decoder_dim_mult"]  # `diffusers` does not know it
         return values | {
             "latents_mean": list(self.latents_mean or (0.0,) * self.z_dim),
             "latents_std": list(self.latents_std or (1.0,) * self.z_dim),
@@ -184,9 +202,10 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         base = config.decoder_base_dim or config.base_dim
-        widths = [base * mult for mult in (config.dim_mult[-1], *reversed(config.dim_mult))]
+        mults = config.decoder_dim_mult or config.dim_mult
+        widths = [base * mult for mult in (mults[-1], *reversed(mults))]
         time = (*reversed(config.temperal_downsample), False)
-        last = len(config.dim_mult) - 1
+        last = len(mults) - 1
         # The 2.1 form halves the width when it upsamples; the 2.2 form leaves that to the next level.
         ups = [width if config.is_residual else width // 2 for width in widths[1:]]
         self.conv_in = CausalConv(config.z_dim, widths[0], rngs=rngs)

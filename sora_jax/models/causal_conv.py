@@ -173,14 +173,101 @@ def _by_taps_backward(
 conv_frames_by_taps.defvjp(_by_taps_forward, _by_taps_backward)
 
 
+# --- bfloat16 on a CPU: products in place of convolutions ----------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def conv_by_products(
+    x: Float[Array, "B T H W C"], kernel: Float[Array, "kt kh kw C O"], lead: int, stride: int, padding: Padding
+) -> Float[Array, "B _ _ _ O"]:
+    """Causal in time, strided in space: kh matrix products of kw C by kt O, and their shifted sum.
+
+    XLA's CPU compiler has no bfloat16 convolution, while its products run at 4 times the float32 rate on a CPU with
+    bfloat16 tiles (AMX). Sums are float32. A clip of 17 frames of 16x16 trains at 1.7 times the speed at 48 channels,
+    of 9 frames of 8x8 at 2.4 times at 96.
+    """
+    return _shifted_sum(_tap_products(x, kernel, stride, padding), lead, x.shape[1]).astype(x.dtype)
+
+
+def _beside(x: jax.Array, width: int, stride: int, padding: Padding) -> jax.Array:
+    """The `width` neighbours along W of each position side by side in the channels; H is padded and whole."""
+    x = jnp.pad(x, ((0, 0), (0, 0), *padding, (0, 0)))
+    wide = x.shape[3] - width + 1
+    return jnp.concatenate([x[:, :, :, j : j + wide : stride] for j in range(width)], axis=-1)
+
+
+def _strips(x: jax.Array, size: tuple[int, ...], stride: int, padding: Padding) -> list[jax.Array]:
+    """For each row of a kernel what it reads: [B, T, h, w, kw C]."""
+    columns = _beside(x, size[1], stride, padding)
+    high = columns.shape[2] - size[0] + 1
+    return [columns[:, :, i : i + high : stride] for i in range(size[0])]
+
+
+def _tap_products(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> Float[Array, "B T h w kt O"]:
+    rows = rearrange(kernel, "kt kh kw c o -> kh (kw c) (kt o)")
+    strips = _strips(x, kernel.shape[1:3], stride, padding)
+    total = sum(layers.contract(strip, row, (4,), (0,)) for strip, row in zip(strips, rows, strict=True))
+    return rearrange(total, "b t h w (kt o) -> b t h w kt o", kt=kernel.shape[0])
+
+
+def _shift(x: jax.Array, before: int, after: int) -> jax.Array:
+    """Zero frames put before and after x; a negative number takes frames away."""
+    still = ((0, 0, 0),) * (x.ndim - 2)
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (before, after, 0), *still))
+
+
+def _shifted_sum(products: Float[Array, "B T h w kt O"], lead: int, frames: int) -> Float[Array, "B _ h w O"]:
+    taps = products.shape[4]
+    assert products.shape[1] == frames
+    return sum(_shift(products[..., taps - 1 - back, :], back - lead, -back) for back in range(taps))
+
+
+def _by_products_forward(
+    x: jax.Array, kernel: jax.Array, lead: int, stride: int, padding: Padding
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return conv_by_products(x, kernel, lead, stride, padding), (x, kernel)
+
+
+def _by_products_backward(
+    lead: int, stride: int, padding: Padding, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    taps, size = kernel.shape[0], kernel.shape[1:3]
+    if stride == 1:  # the same products of dy with the kernel turned round, shifted the other way
+        turned = rearrange(kernel[:, ::-1, ::-1], "kt kh kw c o -> kt kh kw o c")
+        products = _tap_products(dy, turned, 1, padding)
+        dx = sum(_shift(products[..., taps - 1 - back, :], lead - back, back) for back in range(taps))
+    else:
+        (dx,) = jax.linear_transpose(
+            lambda x: _shifted_sum(_tap_products(x, kernel, stride, padding), lead, x.shape[1]), x
+        )(dy.astype(jnp.float32))
+    late = jnp.concatenate([_shift(dy, lead - back, back) for back in reversed(range(taps))], axis=-1)
+    axes = (0, 1, 2, 3)
+    d_kernel = jnp.stack([layers.contract(strip, late, axes, axes) for strip in _strips(x, size, stride, padding)])
+    d_kernel = rearrange(d_kernel, "kh (kw c) (kt o) -> kt kh kw c o", kw=size[1], kt=taps)
+    return dx.astype(x.dtype), d_kernel.astype(kernel.dtype)
+
+
+conv_by_products.defvjp(_by_products_forward, _by_products_backward)
+
+
+# --- one form for each platform --------------------------------------------------------------------------------------
+
+
 def conv_frames(
     x: Float[Array, "B T H W C"], kernel: Float[Array, "kh kw C O"], stride: int, padding: Padding
 ) -> Float[Array, "B T _ _ O"]:
     """A 2-D convolution of every frame; on the CPU with a gradient of its own."""
+
+    def on_cpu(x: jax.Array, k: jax.Array) -> jax.Array:
+        if x.dtype == jnp.bfloat16:
+            return conv_by_products(x, k[None], 0, stride, padding)
+        return conv_frames_by_taps(x, k, stride, padding)
+
     return jax.lax.platform_dependent(
         x,
         kernel,
-        cpu=lambda x, k: conv_frames_by_taps(x, k, stride, padding),
+        cpu=on_cpu,
         default=lambda x, k: _conv_2d(x, k, stride, padding),
     )
 
@@ -195,9 +282,13 @@ def causal_conv(
     """
     lead = 0 if past is None else kernel.shape[0] - 1
     frames = x if past is None else jnp.concatenate([past, x], axis=1)
-    return jax.lax.platform_dependent(
-        frames, kernel, cpu=lambda x, k: conv_2d_sum(x, k, lead), default=partial(conv_3d, lead=lead)
-    )
+
+    def on_cpu(x: jax.Array, k: jax.Array) -> jax.Array:
+        if x.dtype == jnp.bfloat16:
+            return conv_by_products(x, k, lead, 1, _same(k.shape[1:3]))
+        return conv_2d_sum(x, k, lead)
+
+    return jax.lax.platform_dependent(frames, kernel, cpu=on_cpu, default=partial(conv_3d, lead=lead))
 
 
 class CausalConv(nnx.Module):

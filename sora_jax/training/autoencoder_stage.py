@@ -15,7 +15,7 @@ from sora_jax import sharding
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder
 from sora_jax.shapes import Extent, latent_extent
-from sora_jax.training.autoencoder_step import MODULE, make_autoencoder_step
+from sora_jax.training.autoencoder_step import DECODER, MODULE, make_autoencoder_step
 from sora_jax.training.clip_batches import ClipBatches, ClipSource, clip_source
 from sora_jax.training.files import write_text
 from sora_jax.training.pretrained import LATENT_STATISTICS, load_autoencoder
@@ -62,6 +62,7 @@ def autoencoder_stage(context: Context) -> Stage:
         describe=f"{config.train.batch_size} clips of {data.frames} frames, {data.height}x{data.width}",
         validate=validate,
         sample=sample,
+        may_start_anew=() if config.reconstruction.train_encoder else DECODER,
         describe_checkpoint=_make_statistics(context, graphdef, source),
     )
 

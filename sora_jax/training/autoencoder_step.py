@@ -21,6 +21,7 @@ from sora_jax.training.state import TrainState, apply_gradients
 
 MODULE = "autoencoder"  # the one entry of `TrainState.params`
 ENCODER = ("encoder", "quant_conv")  # the parts of an autoencoder that make latents
+DECODER = ("decoder", "post_quant_conv")  # and those that read them
 
 Step = Callable[[TrainState, Num[Array, "B T H W 3"]], tuple[TrainState, dict[str, Float[Array, ""]]]]
 

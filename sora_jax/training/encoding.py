@@ -43,8 +43,9 @@ class Encoded(NamedTuple):
 
 def autoencoder_hash(config: AutoencoderConfig, params: nnx.State) -> str:
     """SHA-256 of the config and of every parameter that makes latents, by name and float32 bytes: equal for equal
-    latents only, and the same whatever the decoder has learned since."""
-    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
+    latents only, and the same whatever the decoder is and has learned since."""
+    made_by = {name: value for name, value in config.to_dict().items() if not name.startswith("decoder_")}
+    digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode())
     for path, variable in sorted(nnx.to_flat_state(params), key=lambda item: list(map(str, item[0]))):
         if path[0] not in ENCODER:
             continue

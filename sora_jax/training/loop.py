@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import nnx
 
 from sora_jax import config as configs
 from sora_jax import sharding
@@ -101,12 +102,14 @@ def train(
     restored = checkpoints.restore(shapes)
     if restored is None:
         start, averages = 0, Averages()
-        params = load_modules(settings.init, shapes.params, mesh) if settings.init else None
         state = init_state(init, key, mesh)
-        if params is not None:
-            started = state.params | params
+        if settings.init:
+            loaded = load_modules(settings.init, shapes.params, mesh, may_differ=stage.may_start_anew)
+            started = {name: nnx.merge_state(own, loaded.params.get(name, own)) for name, own in state.params.items()}
             state = state.replace(params=started, ema=jax.tree.map(jnp.copy, started))
-            say(f"starting from {', '.join(params)} of {settings.init}")
+            say(f"starting from {', '.join(loaded.params)} of {settings.init}")
+            if loaded.left_out:
+                say(f"starting anew, in other shapes than its: {', '.join(loaded.left_out)}")
     else:
         start, averages = restored.step, Averages(restored.notes["averages"])
         stage.batches.restore(restored.notes["batches"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -89,16 +89,26 @@ def find_pretrained(name: str) -> epath.Path:
     raise UserError(f"{name} is no shipped model, no model folder (model_index.json) and no workdir of a run")
 
 
-def load_modules(name: str, modules: Mapping[str, Any], mesh: Mesh | None = None) -> dict[str, nnx.State]:
+class Loaded(NamedTuple):
+    """Parameters to start from."""
+
+    params: dict[str, nnx.State]  # by module
+    left_out: list[str]  # parts that have other shapes there, "autoencoder.decoder"
+
+
+def load_modules(
+    name: str, modules: Mapping[str, Any], mesh: Mesh | None = None, *, may_differ: Collection[str] = ()
+) -> Loaded:
     """The parameters of these modules (given as shapes, by name) in the model or run `name`; refuses other shapes.
 
     A run that has trained only some of them (a text encoder that can read) gives these; one that has none is refused.
+    Parts of a module named in `may_differ` are left out, each whole, where their shapes are not the same.
     """
     path = find_pretrained(name)
     loaded = load_run(path, mesh).params if is_workdir(path) else {}
     if is_workdir(path) and not loaded.keys() & modules.keys():
         raise UserError(f"{path} has trained {', '.join(loaded)} and no {' or '.join(modules)}")
-    result = {}
+    result, left_out = {}, []
     for module, shapes in modules.items():
         if is_workdir(path):
             if module not in loaded:
@@ -108,9 +118,13 @@ def load_modules(name: str, modules: Mapping[str, Any], mesh: Mesh | None = None
             params = load_component(path / FOLDERS[module].folder, FOLDERS[module], mesh=mesh)[1]
         else:  # the text stage's reader belongs to no model
             continue
+        for part in may_differ:
+            if part in shapes and _shapes(params[part]) != _shapes(shapes[part]):
+                params, shapes = (nnx.State({k: v for k, v in s.items() if k != part}) for s in (params, shapes))
+                left_out.append(f"{module}.{part}")
         _refuse_other_shapes(path, module, params, shapes)
         result[module] = params
-    return result
+    return Loaded(result, left_out)
 
 
 def load_autoencoder(name: str) -> tuple[AutoencoderConfig, nnx.State]:
@@ -128,11 +142,14 @@ def load_autoencoder(name: str) -> tuple[AutoencoderConfig, nnx.State]:
     return config, run.params["autoencoder"]
 
 
+def _shapes(state: nnx.State) -> dict[str, tuple[int, ...]]:
+    return {".".join(map(str, path)): variable.get_value().shape for path, variable in nnx.to_flat_state(state)}
+
+
 def _refuse_other_shapes(path: epath.Path, module: str, params: nnx.State, shapes: nnx.State) -> None:
-    ours, theirs = ({".".join(map(str, key)): v for key, v in nnx.to_flat_state(s)} for s in (shapes, params))
+    ours, theirs = _shapes(shapes), _shapes(params)
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
             raise UserError(f"{path}: {module}.{name} is {'missing' if name in ours else 'not in this config'}")
-        there, here = theirs[name].get_value().shape, ours[name].get_value().shape
-        if there != here:
-            raise UserError(f"{path}: {module}.{name} has shape {there}, and this config makes {here}")
+        if theirs[name] != ours[name]:
+            raise UserError(f"{path}: {module}.{name} has shape {theirs[name]}, and this config makes {ours[name]}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -59,6 +59,7 @@ class Stage:
     flops_per_step: float = 0.0  # forward and backward, by formula; 0 = not known
     validate: Callable[[Any], dict[str, jax.Array]] | None = None  # of params, usually the average
     sample: Callable[[Any], Videos] | None = None
+    may_start_anew: Collection[str] = ()  # parts of a module that need not have the shapes of those in `train.init`
     describe_checkpoint: Callable[[Any], None] | None = None  # of the averages, before each checkpoint
 
 
