@@ -32,7 +32,7 @@ from sora_jax.diffusion.sampler import denoise, find_solver, level_schedule, sch
 from sora_jax.errors import UserError, nearest
 from sora_jax.models.autoencoder import Autoencoder, decode_stream, encode_stream
 from sora_jax.models.text_encoder import TextEncoder
-from sora_jax.models.transformer import MODEL_TIME, Transformer
+from sora_jax.models.transformer import Transformer, model_time
 from sora_jax.shapes import Condition, Extent, frames_for_seconds
 from sora_jax.tokens.patchify import patchify, unpatchify
 from sora_jax.video import Settings, Video
@@ -67,8 +67,13 @@ class Pipeline:
         self._text_encoder = _structure(lambda rngs: TextEncoder(folder.text_encoder_config, rngs=rngs))
         self._autoencoder = _structure(lambda rngs: Autoencoder(folder.autoencoder_config, rngs=rngs))
         # One function object each for the life of the pipeline: compiled programs are kept by them.
-        self.velocity: Velocity = _make_velocity(self._transformer, self.dtype)
-        self._guided: Velocity = classifier_free_guidance(self.velocity)
+        self.velocity: Velocity = _make_velocity(self._transformer, self.dtype, whole_times=False)
+        whole = _make_velocity(self._transformer, self.dtype, whole_times=True)
+        self._velocities = {
+            (whole_times, guided): classifier_free_guidance(velocity) if guided else velocity
+            for whole_times, velocity in ((False, self.velocity), (True, whole))
+            for guided in (False, True)
+        }
 
     @classmethod
     def load(
@@ -242,17 +247,17 @@ class Pipeline:
 
         # 2. the text, with and without the prompt
         condition: Any = self.condition(layout, [one.prompts for one in drawn])
-        velocity = self.velocity
-        if settings.guidance != 1.0:
+        guided = settings.guidance != 1.0
+        if guided:
             without = self.condition(layout, [(settings.negative_prompt,) * len(one.prompts) for one in drawn])
             condition = guided_condition(condition, without, jnp.full((rows,), settings.guidance, jnp.float32))
-            velocity = self._guided
 
         # 3. lower the levels, a step a chunk: any number of steps shares one program, and a step outlasts its dispatch
         solver = find_solver(settings.solver)
-        levels = level_schedule(settings.steps, settings.shift)
+        velocity = self._velocities[solver.whole_times, guided]
+        levels = level_schedule(solver, settings.steps, settings.shift)
         schedule = schedule_table(levels, np.tile(layout.given_groups, (rows, 1)))
-        first = jnp.asarray(schedule[0])
+        first = jnp.asarray(schedule[0] > 0, jnp.float32)  # noise is taken whole, however near to 1 the first level is
         state = start(solver, clean_tokens, noise_tokens, first, condition.given, condition.level_ids)
         predicted: list[np.ndarray] = []
         for i in range(settings.steps):
@@ -396,9 +401,9 @@ def _structure(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), graph=False)[0]
 
 
-def _make_velocity(graphdef: nnx.GraphDef, dtype: jnp.dtype) -> Velocity:
+def _make_velocity(graphdef: nnx.GraphDef, dtype: jnp.dtype, *, whole_times: bool) -> Velocity:
     def velocity(params: Any, tokens: jax.Array, levels: jax.Array, condition: Condition) -> jax.Array:
-        return nnx.merge(graphdef, params)(tokens, MODEL_TIME * levels, condition, dtype=dtype)
+        return nnx.merge(graphdef, params)(tokens, model_time(levels, whole=whole_times), condition, dtype=dtype)
 
     return velocity
 

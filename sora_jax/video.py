@@ -32,8 +32,7 @@ class Settings:
     negative_prompt: str
 
     def __post_init__(self) -> None:
-        find_solver(self.solver)
-        level_schedule(self.steps, self.shift)
+        level_schedule(find_solver(self.solver), self.steps, self.shift)
         if not math.isfinite(self.guidance):
             raise UserError(f"guidance must be a finite number, not {self.guidance}")
 

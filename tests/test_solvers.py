@@ -11,6 +11,7 @@ from sora_jax.diffusion import sampler
 from sora_jax.diffusion.sampler import SamplerState, denoise, level_schedule, schedule_table
 from sora_jax.diffusion.solvers import SOLVERS, _corrector_targets
 from sora_jax.errors import UserError
+from sora_jax.models.transformer import model_time
 from sora_jax.shapes import Condition
 
 MEAN, STD = 0.7, 0.4  # of the data, x_0 ~ N(MEAN, STD^2)
@@ -54,7 +55,7 @@ def run(name: str, schedule: np.ndarray, noise: np.ndarray, condition: Condition
         solver,
         jnp.zeros(noise.shape),
         jnp.asarray(noise),
-        jnp.asarray(schedule[0]),
+        jnp.ones(schedule[0].shape),
         condition.given,
         condition.level_ids,
     )
@@ -65,7 +66,7 @@ def run(name: str, schedule: np.ndarray, noise: np.ndarray, condition: Condition
     return np.asarray(state.tokens)
 
 
-@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("unipc", 2)])
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("unipc", 2), ("dpmpp_2m", 2)])
 def test_order_of_convergence(name, order):
     """Halving the step divides the error by 2^order, with a different schedule in each group.
 
@@ -86,17 +87,17 @@ def test_order_of_convergence(name, order):
     assert np.all(rates > order - 0.3), (errors, rates)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("euler", 0.06), ("heun", 0.003), ("unipc", 0.01)])
+@pytest.mark.parametrize(("name", "tolerance"), [("euler", 0.06), ("heun", 0.006), ("unipc", 0.01), ("dpmpp_2m", 0.02)])
 def test_from_pure_noise_to_pure_data(name, tolerance):
     noise = np.random.default_rng(0).normal(size=(2, 6, 3)).astype(np.float32)
-    out = run(name, schedule_table(level_schedule(40, 1.0), np.zeros((2, 2), bool)), noise, rows(2))
+    out = run(name, schedule_table(level_schedule(SOLVERS[name], 40, 1.0), np.zeros((2, 2), bool)), noise, rows(2))
     np.testing.assert_allclose(out, exact(noise, 1.0, 0.0), atol=tolerance)
 
 
 @pytest.mark.parametrize("name", list(SOLVERS))
 def test_chunks_change_nothing(name):
     noise = np.random.default_rng(1).normal(size=(2, 6, 3)).astype(np.float32)
-    schedule = schedule_table(level_schedule(9, 3.0), np.zeros((2, 2), bool))
+    schedule = schedule_table(level_schedule(SOLVERS[name], 9, 3.0), np.zeros((2, 2), bool))
     whole = run(name, schedule, noise, rows(2))
     np.testing.assert_allclose(run(name, schedule, noise, rows(2), chunk=3), whole, rtol=0, atol=1e-6)
 
@@ -105,8 +106,8 @@ def test_chunks_change_nothing(name):
 def test_held_groups_are_left_exactly_and_cost_the_others_nothing(name):
     """A group that waits, then moves, ends where it ends when it moves from the start."""
     noise = np.random.default_rng(2).normal(size=(2, 6, 3)).astype(np.float32)
-    levels = level_schedule(8, 1.0)
-    hold = np.ones(4, np.float32)
+    levels = level_schedule(SOLVERS[name], 8, 1.0)
+    hold = np.full(4, levels[0])
     early = np.concatenate([levels, np.zeros(4, np.float32)])
     late = np.concatenate([hold, levels])
     schedule = np.repeat(np.stack([early, late], axis=-1)[:, None], 2, axis=1)
@@ -126,7 +127,7 @@ def test_given_tokens_pass_bit_exactly_and_nothing_is_nan(name):
     condition = rows(2)
     given = np.asarray(condition.level_ids) == 0
     condition = condition.replace(given=jnp.asarray(given))
-    schedule = schedule_table(level_schedule(5, 1.0), np.array([[True, False]] * 2))
+    schedule = schedule_table(level_schedule(SOLVERS[name], 5, 1.0), np.array([[True, False]] * 2))
     solver = SOLVERS[name]
     state = sampler.start(
         solver,
@@ -169,8 +170,7 @@ def test_unipc_matches_a_scalar_transcription_of_the_paper():
     def lam(s):
         return np.log1p(-s) - np.log(s)
 
-    levels = level_schedule(7, 3.0).astype(np.float64)
-    levels[0] = 1 - 1e-6  # the code holds lambda there; x itself starts at level 1
+    levels = level_schedule(SOLVERS["unipc"], 7, 3.0).astype(np.float64)
     x = 0.8
 
     def velocity(x, s):
@@ -210,11 +210,44 @@ def test_unipc_matches_a_scalar_transcription_of_the_paper():
                 x -= (1 - t) * np.expm1(-h) * 0.5 * (m1 - clean) / ((lam(s1) - lam(s)) / h)
 
     noise = np.full((2, 6, 3), 0.8, np.float32)
-    ours = run("unipc", schedule_table(level_schedule(7, 3.0), np.zeros((2, 1), bool)), noise, rows(1))
+    ours = run(
+        "unipc", schedule_table(level_schedule(SOLVERS["unipc"], 7, 3.0), np.zeros((2, 1), bool)), noise, rows(1)
+    )
     np.testing.assert_allclose(ours, x, rtol=0, atol=2e-5)
+
+
+def test_levels_are_those_of_the_reference():
+    """By hand, from the formulas of `diffusers`' schedulers: UniPC runs over 1 ... 1/1000 without its end, DPM-Solver
+    over 999/1000 ... 0 without its end, Euler from 1 to the shifted 1/1000, which is then shifted again."""
+
+    def shifted(sigma: float, s: float) -> float:
+        return s * sigma / (1 + (s - 1) * sigma)
+
+    expected = {
+        "unipc": {1.0: [0.999999, 0.5005, 0], 3.0: [0.999999, shifted(0.5005, 3), 0]},
+        "dpmpp_2m": {1.0: [0.999, 0.4995, 0], 3.0: [shifted(0.999, 3), shifted(0.4995, 3), 0]},
+        "euler": {1.0: [1, 0.001, 0], 3.0: [1, shifted(shifted(0.001, 3), 3), 0]},
+    }
+    for name, of_shift in expected.items():
+        for shift, levels in of_shift.items():
+            np.testing.assert_allclose(level_schedule(SOLVERS[name], 2, shift), levels, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpmpp_2m"])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
+def test_rounding_a_level_does_not_change_the_whole_time_that_the_model_is_told(name: str, shift: float):
+    for steps in range(1, 101):
+        if name == "unipc":
+            exact = np.linspace(1, 1 / 1000, steps + 1)[:-1]
+        else:
+            exact = np.flip(1 - np.linspace(1, 1 / 1000, steps + 1))[:-1]
+        exact = shift * exact / (1 + (shift - 1) * exact)
+        exact[0] = min(exact[0], 1 - 1e-6)
+        told = model_time(jnp.asarray(level_schedule(SOLVERS[name], steps, shift)[None]), whole=True)
+        np.testing.assert_array_equal(told[0, :-1], (exact * 1000).astype(np.int64), err_msg=f"{steps} steps")
 
 
 @pytest.mark.parametrize("bad", [0, -3])
 def test_steps_below_one_are_refused(bad):
     with pytest.raises(UserError, match="steps must be at least 1"):
-        level_schedule(bad)
+        level_schedule(SOLVERS["unipc"], bad)

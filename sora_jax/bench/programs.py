@@ -20,7 +20,7 @@ from sora_jax.config import Config
 from sora_jax.diffusion.guidance import classifier_free_guidance, guided_condition
 from sora_jax.diffusion.sampler import SamplerState, denoise, find_solver
 from sora_jax.models.text_encoder import TextEncoder
-from sora_jax.models.transformer import MODEL_TIME, Transformer
+from sora_jax.models.transformer import Transformer, model_time
 from sora_jax.shapes import Condition
 from sora_jax.tokens.packing import PackedRows
 from sora_jax.training.diffusion_step import DiffusionModules, make_diffusion_step
@@ -107,7 +107,7 @@ def compile_sampler_step(config: Config, mesh: Mesh, dtype: jnp.dtype, rows: int
     graphdef, params = nnx.split(nnx.eval_shape(lambda: Transformer(transformer, rngs=nnx.Rngs(0))), graph=False)
 
     def velocity(params: Any, tokens: jax.Array, levels: jax.Array, condition: Condition) -> jax.Array:
-        return nnx.merge(graphdef, params)(tokens, MODEL_TIME * levels, condition, dtype=dtype)
+        return nnx.merge(graphdef, params)(tokens, model_time(levels, whole=solver.whole_times), condition, dtype=dtype)
 
     guided = classifier_free_guidance(velocity)
 

@@ -1,6 +1,6 @@
 """Sampling: lower the noise levels of a canvas, step by step, until everything is data.
 
-    schedule = level_schedule(steps, shift)                       [S + 1], from 1 down to 0
+    schedule = level_schedule(solver, steps, shift)               [S + 1], from about 1 down to 0
     state = start(solver, tokens, levels)
     state = denoise(velocity, params, condition, state, schedule[i : j + 1], solver=...)      for each chunk of steps
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sora_jax.diffusion.flow import mix, shift_level, spread
+from sora_jax.diffusion.flow import mix, spread
 from sora_jax.diffusion.guidance import Velocity
 from sora_jax.diffusion.solvers import SOLVERS, Solver
 from sora_jax.errors import UserError, nearest
@@ -41,9 +41,9 @@ def find_solver(name: str) -> Solver:
     return SOLVERS[name]
 
 
-def level_schedule(steps: int, shift: float = 1.0) -> Float[np.ndarray, " S"]:
-    """`steps` + 1 levels from 1 to 0, evenly spaced and then moved towards noise by `shift` (see `shift_level`);
-    float32.
+def level_schedule(solver: Solver, steps: int, shift: float = 1.0) -> Float[np.ndarray, " S"]:
+    """The level before each of `steps` steps and 0 after the last, as the reference spaces them for `solver`, moved
+    towards noise by `shift` (see `shift_level`); float32.
 
     Raises `UserError` for steps < 1 or shift <= 0.
     """
@@ -51,7 +51,13 @@ def level_schedule(steps: int, shift: float = 1.0) -> Float[np.ndarray, " S"]:
         raise UserError(f"steps must be at least 1, not {steps}")
     if not shift > 0 or not np.isfinite(shift):
         raise UserError(f"shift must be a finite number > 0, not {shift}")
-    return np.asarray(shift_level(np.linspace(1.0, 0.0, steps + 1), shift), np.float32)
+    exact = np.append(solver.levels(steps, shift), 0.0)
+    levels = exact.astype(np.float32)
+    # Where the model's time is cut to a whole number, rounding a level must not carry it over the edge.
+    for toward in (np.float32(0), np.float32(1)):
+        wrong = np.floor(levels * np.float32(1000)) - np.floor(exact * 1000)
+        levels = np.where((wrong > 0) if toward == 0 else (wrong < 0), np.nextafter(levels, toward), levels)
+    return levels
 
 
 def schedule_table(

@@ -21,9 +21,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sora_jax.diffusion.flow import spread
+from sora_jax.diffusion.flow import shift_level, spread
 from sora_jax.pytrees import pytree
 
 Model = Callable[[jax.Array, jax.Array], jax.Array]
@@ -138,6 +139,28 @@ def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     return jnp.where(zero, 0.0, numerator / jnp.where(zero, 1.0, denominator))
 
 
+def _extrapolate(
+    x: jax.Array,
+    clean: jax.Array,
+    clean_1: jax.Array,
+    level_from: jax.Array,
+    level_to: jax.Array,
+    level_1: jax.Array,
+    order: jax.Array,
+    level_ids: jax.Array,
+) -> jax.Array:
+    """x at `level_to` from the prediction of the data here and, where `order` is 2, the one before it at `level_1`.
+
+    The exponential integrator's step, r x + (1 - r) x_0 with r = to / from, with x_0 moved along the line through both
+    predictions to the middle of the step in lambda.
+    """
+    h = _log_snr(level_to) - _log_snr(level_from)
+    k = _ratio(_log_snr(level_1) - _log_snr(level_from), h)  # where the prediction before lies, in steps
+    slope = jnp.where(order == 2, 0.5 * _ratio(jnp.ones_like(k), k), 0.0)
+    r = _per_token(_ratio(level_to, level_from), level_ids)
+    return r * x + (1.0 - r) * (clean + _per_token(slope, level_ids) * (clean_1 - clean))
+
+
 def unipc(
     model: Model,
     x: Float[Array, "B N P"],
@@ -177,12 +200,7 @@ def unipc(
 
     # Predict x at `level_to` from the two newest predictions of the data.
     order = jnp.where(began & (level_to > 0), 2, 1)
-    h = _log_snr(level_to) - _log_snr(level_from)
-    k = _ratio(_log_snr(history.level_1) - _log_snr(level_from), h)
-    slope = jnp.where(order == 2, 0.5 * _ratio(jnp.ones_like(k), k), 0.0)
-    r = _ratio(level_to, level_from)
-    change = tokens(slope) * (history.clean_1 - clean)
-    predicted = tokens(r) * x_now + tokens(1.0 - r) * (clean + change)
+    predicted = _extrapolate(x_now, clean, history.clean_1, level_from, level_to, history.level_1, order, level_ids)
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
         """Groups that do not move keep what they have."""
@@ -200,6 +218,71 @@ def unipc(
     )
 
 
+# ------------------------------------------------------------------------------------------------ DPM-Solver++
+
+
+@pytree
+@dataclass(frozen=True)
+class DPMHistory:
+    """What DPM-Solver++(2M) remembers: the last prediction of the data and the level it was made at."""
+
+    clean_1: Float[Array, "B N P"]
+    level_1: Float[Array, "B G"]
+    steps: Int[Array, "B G"]  # steps taken
+
+
+def dpm_history(x: Float[Array, "B N P"], levels: Float[Array, "B G"]) -> DPMHistory:
+    return DPMHistory(jnp.zeros_like(x), jnp.array(levels), jnp.zeros(levels.shape, jnp.int32))
+
+
+def dpmpp_2m(
+    model: Model,
+    x: Float[Array, "B N P"],
+    level_from: Float[Array, "B G"],
+    level_to: Float[Array, "B G"],
+    level_ids: Int[Array, "B N"],
+    history: DPMHistory,
+) -> tuple[Float[Array, "B N P"], DPMHistory]:
+    """DPM-Solver++(2M), midpoint form (Lu et al. 2022, arXiv:2211.01095, algorithm 2): UniPC's predictor without its
+    corrector. A group's first step and its last, to level 0, have order 1."""
+    clean = x - _per_token(level_from, level_ids) * model(x, level_from)
+    order = jnp.where((history.steps > 0) & (level_to > 0), 2, 1)
+    predicted = _extrapolate(x, clean, history.clean_1, level_from, level_to, history.level_1, order, level_ids)
+    moves = level_from != level_to
+    moving = _per_token(moves.astype(x.dtype), level_ids) > 0
+    return jnp.where(moving, predicted, x), DPMHistory(
+        clean_1=jnp.where(moving, clean, history.clean_1),
+        level_1=jnp.where(moves, level_from, history.level_1),
+        steps=jnp.where(moves, history.steps + 1, history.steps),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ levels
+
+TRAIN_STEPS = 1000  # levels that the reference knows: 1 / 1000, ..., 1
+
+Grid = Callable[[int, float], Float[np.ndarray, " S"]]
+"""`grid(steps, shift)`: the level before each of `steps` steps, from noise on; float64."""
+
+
+def unipc_levels(steps: int, shift: float) -> Float[np.ndarray, " S"]:
+    """From 1 towards 1 / 1000, which is left out; the first is held 1e-6 away from pure noise."""
+    levels = shift_level(np.linspace(1.0, 1.0 / TRAIN_STEPS, steps + 1)[:-1], shift)
+    return np.minimum(levels, 1.0 - 1e-6)
+
+
+def dpm_levels(steps: int, shift: float) -> Float[np.ndarray, " S"]:
+    """From 1 - 1 / 1000 towards 0, which is left out."""
+    # As the reference writes it: the model's time is cut to a whole number, and may lie on the edge of one.
+    return np.flip(shift_level(1.0 - np.linspace(1.0, 1.0 / TRAIN_STEPS, steps + 1), shift))[:-1]
+
+
+def euler_levels(steps: int, shift: float) -> Float[np.ndarray, " S"]:
+    """From 1 to the shifted 1 / 1000, both taken, and then shifted (the last of them a second time)."""
+    (lowest,) = shift_level(np.array([1.0 / TRAIN_STEPS]), shift)
+    return shift_level(np.linspace(1.0, lowest, steps), shift)
+
+
 # ------------------------------------------------------------------------------------------------ by name
 
 
@@ -209,15 +292,18 @@ def no_history(x: Float[Array, "B N P"], levels: Float[Array, "B G"]) -> None:
 
 @dataclass(frozen=True)
 class Solver:
-    """A solver with the empty history it starts from, and what it costs."""
+    """A solver with the empty history it starts from, what it costs, and the levels that the reference gives it."""
 
     step: Callable[..., tuple[jax.Array, Any]]
     history: Callable[[jax.Array, jax.Array], Any]
     evaluations: int  # of the model, per step
+    levels: Grid
+    whole_times: bool  # whether the reference cuts the model's time, 1000 sigma, down to a whole number
 
 
 SOLVERS: Mapping[str, Solver] = {
-    "euler": Solver(euler, no_history, 1),
-    "heun": Solver(heun, no_history, 2),
-    "unipc": Solver(unipc, unipc_history, 1),
+    "unipc": Solver(unipc, unipc_history, 1, unipc_levels, True),
+    "dpmpp_2m": Solver(dpmpp_2m, dpm_history, 1, dpm_levels, True),
+    "euler": Solver(euler, no_history, 1, euler_levels, False),
+    "heun": Solver(heun, no_history, 2, euler_levels, False),
 }

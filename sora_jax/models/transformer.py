@@ -50,7 +50,14 @@ REMAT: Mapping[str, Callable[..., Any] | None] = {
 }
 
 
-MODEL_TIME = 1000.0  # the model's time is 1000 * sigma
+MODEL_TIME = 1000.0
+
+
+def model_time(levels: Float[Array, "B G"], *, whole: bool = False) -> Float[Array, "B G"]:
+    """What the model is told of the level sigma: 1000 sigma; `whole` cuts it down as the reference does under UniPC and
+    DPM-Solver++, which moves the embedding visibly."""
+    time = MODEL_TIME * levels
+    return jnp.floor(time) if whole else time
 
 
 @dataclass(frozen=True)

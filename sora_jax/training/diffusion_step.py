@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from sora_jax.diffusion.flow import flow_loss, mix, spread, velocity_target
 from sora_jax.diffusion.levels import Levels, LevelsConfig, draw_levels
-from sora_jax.models.transformer import MODEL_TIME
+from sora_jax.models.transformer import model_time
 from sora_jax.shapes import Condition
 from sora_jax.tokens.packing import PackedRows
 from sora_jax.training.state import TrainState, apply_gradients
@@ -67,7 +67,7 @@ def diffusion_loss(
     encoder = nnx.merge(modules.text_encoder, params["text_encoder"])
     text = encoder(rows.text_tokens, rows.text_ids, dtype=dtype)
     transformer = nnx.merge(modules.transformer, params["transformer"])
-    velocity = transformer(noisy, MODEL_TIME * levels.sigma, condition_of(rows, text, given), dtype=dtype)
+    velocity = transformer(noisy, model_time(levels.sigma), condition_of(rows, text, given), dtype=dtype)
     return flow_loss(velocity, velocity_target(clean, noise), ~given & (rows.segment_ids > 0))
 
 

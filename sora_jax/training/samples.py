@@ -17,7 +17,7 @@ from sora_jax.diffusion.sampler import denoise, find_solver, level_schedule, sch
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder
 from sora_jax.models.tokenizer import ByteTokenizer
-from sora_jax.models.transformer import MODEL_TIME
+from sora_jax.models.transformer import model_time
 from sora_jax.shapes import Condition, Extent, latent_extent, token_extent
 from sora_jax.tokens.packing import Clip, PackedRows, fill_rows
 from sora_jax.tokens.patchify import unpatchify
@@ -63,14 +63,14 @@ def diffusion_sampler(context: Context, modules: DiffusionModules, tokenizer: By
     ]
     solver = find_solver(config.solver)
     schedule = schedule_table(
-        level_schedule(config.steps, config.shift), np.zeros(rows[0].group_segment.shape, np.bool_)
+        level_schedule(solver, config.steps, config.shift), np.zeros(rows[0].group_segment.shape, np.bool_)
     )
     noise = jax.random.normal(jax.random.key(config.seed), rows[0].tokens.shape, jnp.float32)
     scale = jnp.full((len(config.prompts),), config.guidance, jnp.float32)
 
     def velocity(params: Any, x: jax.Array, levels: jax.Array, condition: Condition) -> jax.Array:
         transformer = nnx.merge(modules.transformer, params)
-        return transformer(x, MODEL_TIME * levels, condition, dtype=context.dtype)
+        return transformer(x, model_time(levels, whole=solver.whole_times), condition, dtype=context.dtype)
 
     guided = classifier_free_guidance(velocity)
 

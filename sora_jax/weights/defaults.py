@@ -7,15 +7,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sora_jax.diffusion.solvers import TRAIN_STEPS
 from sora_jax.errors import UserError, nearest
 
 # solver: (class in the scheduler's file, its key for the shift)
 SCHEDULERS = {
     "unipc": ("UniPCMultistepScheduler", "flow_shift"),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", "flow_shift"),
     "euler": ("FlowMatchEulerDiscreteScheduler", "shift"),
     "heun": ("FlowMatchHeunDiscreteScheduler", "shift"),
 }
-TRAIN_STEPS = 1000  # model time is 1000 * sigma
+# What else a scheduler's file must say for its solver to be ours: key, the value, and what the class takes for a
+# missing key.
+_FLOW = (("prediction_type", "flow_prediction", "epsilon"), ("use_flow_sigmas", True, False))
+_SECOND_ORDER = (("solver_order", 2, 2), ("lower_order_final", True, True), ("final_sigmas_type", "zero", "zero"))
+NEEDED: Mapping[str, tuple[tuple[str, Any, Any], ...]] = {
+    "unipc": (*_FLOW, *_SECOND_ORDER, ("solver_type", "bh2", "bh2"), ("predict_x0", True, True)),
+    "dpmpp_2m": (
+        *_FLOW,
+        *_SECOND_ORDER,
+        ("solver_type", "midpoint", "midpoint"),
+        ("algorithm_type", "dpmsolver++", "dpmsolver++"),
+        ("euler_at_final", False, False),
+    ),
+    "euler": (),
+    "heun": (),
+}
 
 
 @dataclass(frozen=True)
@@ -39,31 +56,16 @@ class SchedulerDefaults:
         if name not in names:
             raise UserError(f'scheduler "{name}" is not supported: {nearest(str(name), names)}')
         solver, key = names[name]
-        needed: dict[str, tuple[Any, Any]] = {
-            "num_train_timesteps": (TRAIN_STEPS, TRAIN_STEPS),
-            "use_dynamic_shifting": (False, False),
-        }
-        if solver == "unipc":
-            needed |= {"prediction_type": ("flow_prediction", "epsilon"), "use_flow_sigmas": (True, False)}
-        for name, (value, absent) in needed.items():  # the second is what the class takes for a missing key
+        any_flow = (("num_train_timesteps", TRAIN_STEPS, TRAIN_STEPS), ("use_dynamic_shifting", False, False))
+        for name, value, absent in (*any_flow, *NEEDED[solver]):
             if (found := values.get(name, absent)) != value:
                 raise UserError(f"scheduler {name} {found!r} is not supported; only {value!r} is")
         return cls(solver, float(values.get(key, 1.0)))
 
     def to_dict(self) -> dict[str, Any]:
         name, key = SCHEDULERS[self.solver]
-        values: dict[str, Any] = {"_class_name": name, "num_train_timesteps": TRAIN_STEPS, key: self.shift}
-        if self.solver == "unipc":
-            values |= {
-                "prediction_type": "flow_prediction",
-                "use_flow_sigmas": True,
-                "solver_order": 2,
-                "solver_type": "bh2",
-                "predict_x0": True,
-                "lower_order_final": True,
-                "final_sigmas_type": "zero",
-            }
-        return values
+        needed = {needed: value for needed, value, _ in NEEDED[self.solver]}
+        return {"_class_name": name, "num_train_timesteps": TRAIN_STEPS, key: self.shift, **needed}
 
 
 @dataclass(frozen=True)
