@@ -12,6 +12,7 @@ The pieces are public too: `encode_text`, `velocity`, `encode`, `decode`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,11 +31,12 @@ from sora_jax.canvas import Canvas, Layout, lay_out
 from sora_jax.diffusion.guidance import Velocity, classifier_free_guidance, guided_condition
 from sora_jax.diffusion.sampler import denoise, find_solver, level_schedule, schedule_table, start
 from sora_jax.errors import UserError, nearest
+from sora_jax.experts import Experts
 from sora_jax.models.autoencoder import Autoencoder, decode_stream, encode_stream
 from sora_jax.models.text_encoder import TextEncoder
 from sora_jax.models.transformer import Transformer, model_time
 from sora_jax.shapes import Condition, Extent, frames_for_seconds
-from sora_jax.tokens.patchify import patchify, unpatchify
+from sora_jax.tokens.spans import spans_to_tokens, tokens_to_spans
 from sora_jax.video import Settings, Video
 from sora_jax.weights.layout import INDEX, ModelFolder, load_folder
 from sora_jax.weights.shipped import find_model
@@ -63,6 +65,7 @@ class Pipeline:
         self.stride = folder.autoencoder_config.stride
         self.patch = folder.transformer_config.patch
         self.params = folder.transformer
+        self._experts = Experts(folder)
         self._transformer = _structure(lambda rngs: Transformer(folder.transformer_config, rngs=rngs))
         self._text_encoder = _structure(lambda rngs: TextEncoder(folder.text_encoder_config, rngs=rngs))
         self._autoencoder = _structure(lambda rngs: Autoencoder(folder.autoencoder_config, rngs=rngs))
@@ -167,6 +170,7 @@ class Pipeline:
         seeds: Sequence[int],
         steps: int | None = None,
         guidance: float | None = None,
+        guidance_low: float | None = None,
         solver: str | None = None,
         shift: float | None = None,
         negative_prompt: str | None = None,
@@ -179,9 +183,11 @@ class Pipeline:
         """Videos from canvases of one layout.
 
         `steps`, `guidance` (1: follow the model as trained), `solver`, `shift` and `negative_prompt` default to the
-        model's. `noise`, in normalised latent space, replaces what the seeds draw; one for all, or one each. `output`
-        is "uint8", "float32" in [0, 1], or "latents". `trajectory` keeps what each step predicts. `batch_size` canvases
-        go through the model at once: with 1 a video is the same to the bit in any company; with more, up to rounding.
+        model's; `guidance_low` is that of the expert for low noise, where a model has two, and is `guidance` where only
+        that is given. `noise`, in normalised latent space, replaces what the seeds draw; one for all, or one each.
+        `output` is "uint8", "float32" in [0, 1], or "latents". `trajectory` keeps what each step predicts. `batch_size`
+        canvases go through the model at once: with 1 a video is the same to the bit in any company; with more, up to
+        rounding.
         """
         defaults, scheduler = self.folder.defaults, self.folder.scheduler
         settings = Settings(
@@ -190,7 +196,12 @@ class Pipeline:
             solver=scheduler.solver if solver is None else solver,
             shift=float(scheduler.shift if shift is None else shift),
             negative_prompt=defaults.negative_prompt if negative_prompt is None else negative_prompt,
+            guidance_low=guidance_low if guidance is not None or guidance_low is not None else defaults.guidance_low,
         )
+        if settings.guidance_low is not None and self.folder.transformer_2 is None:
+            raise UserError(f"guidance_low is for models of two experts, and {self.name} has one")
+        if not self.folder.takes_frames and any(span.given is not None for one in drawn for span in one.spans):
+            raise UserError(f"{self.name} makes videos from text alone: it was not trained beside given frames")
         if output not in OUTPUTS:
             raise UserError(f"unknown output {output!r}: {nearest(output, OUTPUTS)}")
         if batch_size < 1:
@@ -243,11 +254,14 @@ class Pipeline:
         # 1. the canvas as rows of tokens
         rows = len(drawn)
         clean = np.stack([self._given_latents(one, layout) for one in drawn])
-        clean_tokens, noise_tokens = (jnp.asarray(self._to_tokens(x, layout)) for x in (clean, noise))
+        clean_tokens, noise_tokens = (
+            jnp.asarray(spans_to_tokens(x, layout.latents, self.patch)) for x in (clean, noise)
+        )
 
         # 2. the text, with and without the prompt
         condition: Any = self.condition(layout, [one.prompts for one in drawn])
-        guided = settings.guidance != 1.0
+        low = settings.guidance if settings.guidance_low is None else settings.guidance_low
+        guided = settings.guidance != 1.0 or low != 1.0
         if guided:
             without = self.condition(layout, [(settings.negative_prompt,) * len(one.prompts) for one in drawn])
             condition = guided_condition(condition, without, jnp.full((rows,), settings.guidance, jnp.float32))
@@ -262,7 +276,10 @@ class Pipeline:
         predicted: list[np.ndarray] = []
         for i in range(settings.steps):
             before = np.asarray(state.tokens) if trajectory else None
-            state = denoise(velocity, self.params, condition, state, schedule[i : i + 2], solver=solver)
+            expert = self._experts.at(float(levels[i]), whole_times=solver.whole_times)
+            if guided and expert.low:
+                condition = dataclasses.replace(condition, scale=jnp.full((rows,), low, jnp.float32))
+            state = denoise(velocity, expert.params, condition, state, schedule[i : i + 2], solver=solver)
             if before is not None:
                 clean_now = _extrapolate(before, np.asarray(state.tokens), *levels[i : i + 2].tolist())
                 predicted.append(self._to_latents(clean_now, layout))
@@ -316,8 +333,9 @@ class Pipeline:
         )
 
     def encode_text(self, prompts: Sequence[Sequence[str]]) -> tuple[Float[Array, "B L E"], Int[Array, "B L"]]:
-        """Text embeddings of B rows of prompts and their `text_ids`. Every prompt has the tokenizer's `max_length`
-        places in its row, whatever its length: one program for all prompts, and the same numbers in any batch."""
+        """Text embeddings of B rows of prompts and the `text_ids` by which the transformer reads them. Every prompt has
+        the tokenizer's `max_length` places in its row, whatever its length: one program for all prompts, and the same
+        numbers in any batch. Places that a prompt leaves empty are 0, and are read only by models trained to."""
         tokenizer = self.folder.tokenizer
         places = tokenizer.max_length
         tokens = np.full((len(prompts), places * len(prompts[0])), tokenizer.pad_id, np.int32)
@@ -328,6 +346,10 @@ class Pipeline:
                 where = slice(s * places, s * places + len(ids))
                 tokens[b, where], text_ids[b, where] = ids, s + 1
         text = _encode_text(self._text_encoder, self.folder.text_encoder, tokens, text_ids, self.dtype)
+        if tokenizer.attends_padding:
+            text_ids = np.broadcast_to(
+                np.repeat(np.arange(1, len(prompts[0]) + 1, dtype=np.int32), places), tokens.shape
+            )
         return text, jnp.asarray(text_ids)
 
     def encode(self, video: UInt8[np.ndarray, "B T H W 3"]) -> Float[np.ndarray, "B F h w C"]:
@@ -373,24 +395,14 @@ class Pipeline:
             pieces.append(latents)
         return np.concatenate(pieces)
 
-    def _to_tokens(self, latents: Float[np.ndarray, "B F h w C"], layout: Layout) -> Float[np.ndarray, "B N P"]:
-        spans = np.split(latents, np.cumsum([extent.frames for extent in layout.latents])[:-1], axis=1)
-        return np.concatenate([patchify(span, self.patch) for span in spans], axis=1)
-
-    def _split(self, tokens: Any, layout: Layout) -> list[Any]:
-        """The latents [B, F, h, w, C] of each span."""
-        volume = self.patch.time * self.patch.height * self.patch.width
-        ends = np.cumsum([extent.volume // volume for extent in layout.latents])[:-1]
-        spans = (jnp if isinstance(tokens, jax.Array) else np).split(tokens, ends, axis=1)
-        return [unpatchify(span, extent, self.patch) for span, extent in zip(spans, layout.latents, strict=True)]
-
     def _to_latents(self, tokens: Float[np.ndarray, "B N P"], layout: Layout) -> Float[np.ndarray, "B F h w C"]:
-        return np.concatenate(self._split(tokens, layout), axis=1)
+        return np.concatenate(tokens_to_spans(tokens, layout.latents, self.patch), axis=1)
 
     def _decode_tokens(
         self, tokens: Float[Array, "B N P"], layout: Layout, output: str, progress: Progress | None
     ) -> np.ndarray:
-        return np.concatenate([self.decode(span, output, progress) for span in self._split(tokens, layout)], axis=1)
+        spans = tokens_to_spans(tokens, layout.latents, self.patch)
+        return np.concatenate([self.decode(span, output, progress) for span in spans], axis=1)
 
 
 # ------------------------------------------------------------------------------------------------ helpers

@@ -27,6 +27,7 @@ class Record:
     fps: float | None = None
     steps: int | None = None
     guidance: float | None = None
+    guidance_low: float | None = None  # of the expert for low noise, where it has one of its own
     solver: str | None = None
     shift: float | None = None
     given: dict[str, str] = dataclasses.field(default_factory=dict)  # files whose frames were given: {"image": path}

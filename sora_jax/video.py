@@ -30,11 +30,13 @@ class Settings:
     solver: str
     shift: float
     negative_prompt: str
+    guidance_low: float | None = None  # of the expert for low noise, where there are two
 
     def __post_init__(self) -> None:
         level_schedule(find_solver(self.solver), self.steps, self.shift)
-        if not math.isfinite(self.guidance):
-            raise UserError(f"guidance must be a finite number, not {self.guidance}")
+        for scale in (self.guidance, self.guidance_low or 0.0):
+            if not math.isfinite(scale):
+                raise UserError(f"guidance must be a finite number, not {scale}")
 
     def record(self, canvas: Canvas, seed: int, model: str, fps: float) -> Record:
         return Record(

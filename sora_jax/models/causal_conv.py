@@ -10,7 +10,9 @@ At the start of a clip the modules that change the frame rate treat the first fr
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from functools import partial
 from typing import Any
 
@@ -206,7 +208,7 @@ def _strips(x: jax.Array, size: tuple[int, ...], stride: int, padding: Padding) 
 def _tap_products(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> Float[Array, "B T h w kt O"]:
     rows = rearrange(kernel, "kt kh kw c o -> kh (kw c) (kt o)")
     strips = _strips(x, kernel.shape[1:3], stride, padding)
-    total = sum(layers.contract(strip, row, (4,), (0,)) for strip, row in zip(strips, rows, strict=True))
+    total = _sum([layers.contract(strip, row, (4,), (0,)) for strip, row in zip(strips, rows, strict=True)])
     return rearrange(total, "b t h w (kt o) -> b t h w kt o", kt=kernel.shape[0])
 
 
@@ -219,7 +221,11 @@ def _shift(x: jax.Array, before: int, after: int) -> jax.Array:
 def _shifted_sum(products: Float[Array, "B T h w kt O"], lead: int, frames: int) -> Float[Array, "B _ h w O"]:
     taps = products.shape[4]
     assert products.shape[1] == frames
-    return sum(_shift(products[..., taps - 1 - back, :], back - lead, -back) for back in range(taps))
+    return _sum([_shift(products[..., taps - 1 - back, :], back - lead, -back) for back in range(taps)])
+
+
+def _sum(arrays: list[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, arrays)
 
 
 def _by_products_forward(
@@ -236,7 +242,7 @@ def _by_products_backward(
     if stride == 1:  # the same products of dy with the kernel turned round, shifted the other way
         turned = rearrange(kernel[:, ::-1, ::-1], "kt kh kw c o -> kt kh kw o c")
         products = _tap_products(dy, turned, 1, padding)
-        dx = sum(_shift(products[..., taps - 1 - back, :], lead - back, back) for back in range(taps))
+        dx = _sum([_shift(products[..., taps - 1 - back, :], lead - back, back) for back in range(taps)])
     else:
         (dx,) = jax.linear_transpose(
             lambda x: _shifted_sum(_tap_products(x, kernel, stride, padding), lead, x.shape[1]), x

@@ -1,14 +1,16 @@
-"""Text to bytes to token ids, as ByT5 numbers them (Xue et al. 2022, arXiv:2105.13626): no vocabulary, any language.
+"""Text to token ids: the bytes of ByT5, which the world model reads, and the pieces of UMT5, which Wan reads.
 
-    0 padding · 1 end of text · 2 unknown · byte b -> b + 3 · 259..383 sentinels, which no text makes
-
-Nothing in a text is special: "</s>" in a prompt is four letters, not the end of it.
+A tokenizer has `max_length`, `pad_id`, `vocab_size`, `encode`, and `attends_padding`: whether the places that a text
+leaves empty are read by the transformer, as zeros (Wan was trained so), or are not there at all.
 """
 
 from __future__ import annotations
 
+import functools
+import html
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from sora_jax.errors import UserError
@@ -18,10 +20,17 @@ SPECIALS = ("<pad>", "</s>", "<unk>")
 
 @dataclass(frozen=True)
 class ByteTokenizer:
-    """`max_length` is the most ids a text may have, end of text included."""
+    """The bytes of a text, as ByT5 numbers them (Xue et al. 2022, arXiv:2105.13626): no vocabulary, any language.
+
+        0 padding · 1 end of text · 2 unknown · byte b -> b + 3 · 259..383 sentinels, which no text makes
+
+    Nothing in a text is special: "</s>" in a prompt is four letters, not the end of it. `max_length` is the most ids a
+    text may have, end of text included.
+    """
 
     max_length: int = 512
 
+    attends_padding: ClassVar[bool] = False
     vocab_size: ClassVar[int] = 384
     pad_id: ClassVar[int] = 0
     eos_id: ClassVar[int] = 1
@@ -67,3 +76,89 @@ class ByteTokenizer:
             "unk_token": unk,
             "extra_ids": self.vocab_size - 256 - len(SPECIALS),
         }
+
+
+WAN_TEXT_LENGTH = 512  # places that a prompt has in every model of the Wan family
+MISSING = "reading prompts as Wan does needs the package {}: pip install 'sora-jax[weights]'"
+
+
+def clean_prompt(text: str) -> str:
+    """As Wan's prompts were cleaned in training: mended encodings (ftfy), HTML entities read twice, single spaces."""
+    try:
+        import ftfy
+    except ImportError:
+        raise UserError(MISSING.format("ftfy")) from None
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+@dataclass(frozen=True)
+class SubwordTokenizer:
+    """UMT5's: a text is cleaned and cut into pieces of a vocabulary; `definition` is the text of its tokenizer.json."""
+
+    definition: str = field(repr=False)
+    pad_id: int
+    eos_id: int
+    max_length: int = WAN_TEXT_LENGTH
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)  # of its tokenizer_config.json
+
+    attends_padding: ClassVar[bool] = True
+
+    @functools.cached_property
+    def _pieces(self) -> Any:
+        return _read_pieces(self.definition)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._pieces.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the pieces of the cleaned text, then `eos_id`.
+
+        Raises `UserError` when they are more than `max_length`: a text is never cut.
+        """
+        ids = self._pieces.encode(clean_prompt(text)).ids
+        if len(ids) > self.max_length:
+            raise UserError(
+                f"the prompt is {len(ids) - 1} pieces long and {self.max_length - 1} fit: shorten it by "
+                f"{len(ids) - self.max_length}"
+            )
+        return list(ids)
+
+    @classmethod
+    def from_files(cls, definition: str, config: Mapping[str, Any]) -> SubwordTokenizer:
+        """From the texts of tokenizer.json and tokenizer_config.json. Raises `UserError` when they are not UMT5's kind:
+        a text must end with the end-of-text id."""
+        pieces = _read_pieces(definition)
+        names = {key: config.get(key, name) for key, name in (("pad_token", SPECIALS[0]), ("eos_token", SPECIALS[1]))}
+        ids = {}
+        for key, name in names.items():
+            content = name["content"] if isinstance(name, Mapping) else name  # a name, or a description of the token
+            ids[key] = pieces.token_to_id(content)
+            if ids[key] is None:
+                raise UserError(f'tokenizer.json has no {key} "{content}"')
+        if pieces.encode("a").ids[-1] != ids["eos_token"]:
+            raise UserError("tokenizer.json does not end a text with its eos_token: it is not UMT5's")
+        limit = config.get("model_max_length", WAN_TEXT_LENGTH)
+        return cls(definition, ids["pad_token"], ids["eos_token"], int(min(limit, WAN_TEXT_LENGTH)), dict(config))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `transformers` reads it."""
+        return dict(self.config)
+
+
+def _read_pieces(definition: str) -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError(MISSING.format("tokenizers")) from None
+    try:
+        pieces = tokenizers.Tokenizer.from_str(definition)
+    except Exception as error:  # noqa: BLE001  the package raises nothing narrower
+        raise UserError(f"tokenizer.json cannot be read: {str(error).splitlines()[0]}") from None
+    pieces.no_truncation()
+    pieces.no_padding()
+    return pieces
+
+
+Tokenizer = ByteTokenizer | SubwordTokenizer

@@ -81,6 +81,7 @@ class SamplingDefaults:
     guidance: float = 5.0
     negative_prompt: str = ""
     card: Mapping[str, Any] = field(default_factory=dict)  # facts for the model card: data, licence, figures
+    guidance_low: float | None = None  # of the expert for low noise, where there are two; None: as `guidance`
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingDefaults:
@@ -91,4 +92,5 @@ class SamplingDefaults:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if value is not None}

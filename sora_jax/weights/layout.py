@@ -2,9 +2,11 @@
 
     model_index.json                        what the folder holds
     transformer/ vae/ text_encoder/         config.json and safetensors each, in their names and axes (see `table`)
-    tokenizer/tokenizer_config.json         ByT5's
+    transformer_2/                          the expert for low noise, where there are two (Wan 2.2 A14B)
+    tokenizer/tokenizer_config.json         ByT5's; or UMT5's, with its tokenizer.json
     scheduler/scheduler_config.json         solver and shift
-    sora_jax.json                           ours, optional: sampling defaults and facts for the model card
+    sora_jax.json                           ours, optional: sampling defaults and facts for the model card; without it
+                                            the model is an open one, and its defaults are in `known`
     README.md                               the model card, optional
 
 No torch is needed for either direction.
@@ -13,7 +15,7 @@ No torch is needed for either direction.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from etils import epath
@@ -24,15 +26,17 @@ from jax.typing import DTypeLike
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.text_encoder import TextEncoderConfig
-from sora_jax.models.tokenizer import ByteTokenizer
+from sora_jax.models.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.weights.component import FORMAT_VERSION, load_component, save_component
 from sora_jax.weights.defaults import SCHEDULERS, SamplingDefaults, SchedulerDefaults
 from sora_jax.weights.files import new_folder, parse_json, read_json, write_json
+from sora_jax.weights.known import known_defaults
 from sora_jax.weights.umt5 import TEXT_ENCODER
 from sora_jax.weights.wan import AUTOENCODER, TRANSFORMER
 
 INDEX = "model_index.json"
+SECOND = "transformer_2"
 OURS = "sora_jax.json"
 FAMILIES = (TRANSFORMER, AUTOENCODER, TEXT_ENCODER)
 
@@ -47,10 +51,13 @@ class ModelFolder:
     autoencoder: nnx.State
     text_encoder_config: TextEncoderConfig
     text_encoder: nnx.State
-    tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
+    tokenizer: Tokenizer = field(default_factory=ByteTokenizer)
     scheduler: SchedulerDefaults = field(default_factory=SchedulerDefaults)
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     path: epath.Path | None = None  # where it was loaded from
+    transformer_2: nnx.State | None = None  # the expert for levels below `boundary`, of the same config
+    boundary: float | None = None
+    takes_frames: bool = True  # whether given frames may lie beside noise: levels per latent frame were trained
 
     def __post_init__(self) -> None:
         if self.transformer_config.text_dim != self.text_encoder_config.d_model:
@@ -63,6 +70,8 @@ class ModelFolder:
                 f"the transformer makes latents of {self.transformer_config.out_channels} channels, "
                 f"the autoencoder reads {self.autoencoder_config.z_dim}"
             )
+        if (self.transformer_2 is None) != (self.boundary is None):
+            raise UserError("two transformers need the boundary between them (boundary_ratio), and one has none")
         if self.tokenizer.vocab_size > self.text_encoder_config.vocab_size:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.vocab_size} ids, "
@@ -83,14 +92,20 @@ def load_folder(
     path = epath.Path(path)
     if not (path / INDEX).exists():
         raise UserError(f"{path} is not a model folder: it has no {INDEX}")
-    _check_index(path)
+    index = _read_index(path)
     # the small files first: what they have to say should not wait for gigabytes
-    tokenizer = parse_json(path / "tokenizer" / "tokenizer_config.json", ByteTokenizer.from_dict)
+    tokenizer = _load_tokenizer(path / "tokenizer")
     scheduler = parse_json(path / "scheduler" / "scheduler_config.json", SchedulerDefaults.from_dict)
-    defaults = parse_json(path / OURS, SamplingDefaults.from_dict) if (path / OURS).exists() else SamplingDefaults()
+    own = (path / OURS).exists()
+    defaults = parse_json(path / OURS, SamplingDefaults.from_dict) if own else None
     (transformer_config, transformer), (autoencoder_config, autoencoder), (text_encoder_config, text_encoder) = (
         load_component(path / family.folder, family, mesh=mesh, dtype=dtype) for family in FAMILIES
     )
+    transformer_2 = None
+    if index.two_experts:
+        config, transformer_2 = load_component(path / SECOND, TRANSFORMER, mesh=mesh, dtype=dtype)
+        if config != transformer_config:
+            raise UserError(f"{path}: transformer and transformer_2 have different configs")
     try:
         return ModelFolder(
             transformer_config,
@@ -101,22 +116,49 @@ def load_folder(
             text_encoder,
             tokenizer,
             scheduler,
-            defaults,
+            known_defaults(transformer_config, index.two_experts) if defaults is None else defaults,
             path,
+            transformer_2,
+            index.boundary,
+            takes_frames=own or index.levels_per_token,
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _check_index(path: epath.Path) -> None:
+class _Index(NamedTuple):
+    """What model_index.json says beside the classes."""
+
+    two_experts: bool
+    boundary: float | None
+    levels_per_token: bool
+
+
+def _read_index(path: epath.Path) -> _Index:
     index = read_json(path / INDEX)
     if (name := index.get("_class_name")) != "WanPipeline":
-        raise UserError(f'{path / INDEX} describes a "{name}"; known: WanPipeline')
+        raise UserError(f'{path / INDEX} describes a "{name}"; known: WanPipeline (text to video of Wan 2.1 and 2.2)')
     for family in FAMILIES:
         if (found := (index.get(family.folder) or [None, None])[1]) != family.name:
             raise UserError(f'{path / INDEX} has "{found}" as {family.folder}, not {family.name}')
-    if (index.get("transformer_2") or [None, None])[1] is not None:
-        raise UserError(f"{path / INDEX} has two transformers (transformer_2); only models with one are supported")
+    second = (index.get(SECOND) or [None, None])[1]
+    if second not in (None, TRANSFORMER.name):
+        raise UserError(f'{path / INDEX} has "{second}" as {SECOND}, not {TRANSFORMER.name}')
+    boundary = index.get("boundary_ratio")
+    return _Index(second is not None, boundary, bool(index.get("expand_timesteps")))
+
+
+def _load_tokenizer(folder: epath.Path) -> Tokenizer:
+    values = read_json(folder / "tokenizer_config.json")
+    if values.get("tokenizer_class") == "ByT5Tokenizer":
+        return parse_json(folder / "tokenizer_config.json", ByteTokenizer.from_dict)
+    pieces = folder / "tokenizer.json"
+    if not pieces.exists():
+        raise UserError(f"{pieces} is missing: it holds the vocabulary of {values.get('tokenizer_class')}")
+    try:
+        return SubwordTokenizer.from_files(pieces.read_text(), values)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
 
 
 # --- saving --------------------------------------------------------------------------------------------------------
@@ -143,9 +185,13 @@ def save_folder(
             (TEXT_ENCODER, model.text_encoder_config, model.text_encoder),
         ):
             save_component(folder / family.folder, family, config, params, dtype=dtype)
+        if model.transformer_2 is not None:
+            save_component(folder / SECOND, TRANSFORMER, model.transformer_config, model.transformer_2, dtype=dtype)
         for name, values in (("tokenizer", model.tokenizer.to_dict()), ("scheduler", model.scheduler.to_dict())):
             (folder / name).mkdir(exist_ok=True)
             write_json(folder / name / f"{name}_config.json", values)
+        if isinstance(model.tokenizer, SubwordTokenizer):
+            (folder / "tokenizer" / "tokenizer.json").write_text(model.tokenizer.definition)
         write_json(folder / OURS, model.defaults.to_dict())
         if card is not None:
             (folder / "README.md").write_text(card)
@@ -154,13 +200,15 @@ def save_folder(
 
 
 def _index(model: ModelFolder) -> dict[str, Any]:
+    byte = isinstance(model.tokenizer, ByteTokenizer)
+    two = model.transformer_2 is not None
     return {
         "_class_name": "WanPipeline",
         "_diffusers_version": FORMAT_VERSION,
-        "boundary_ratio": None,
-        "expand_timesteps": False,
+        "boundary_ratio": model.boundary,
+        "expand_timesteps": model.takes_frames and not byte,  # Wan 2.2 TI2V, which `diffusers` gives a level per token
         "scheduler": ["diffusers", SCHEDULERS[model.scheduler.solver][0]],
-        "tokenizer": ["transformers", "ByT5Tokenizer"],
-        "transformer_2": [None, None],
+        "tokenizer": ["transformers", "ByT5Tokenizer" if byte else "T5TokenizerFast"],
+        SECOND: [TRANSFORMER.library, TRANSFORMER.name] if two else [None, None],
         **{family.folder: [family.library, family.name] for family in FAMILIES},
     }

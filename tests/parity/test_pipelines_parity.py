@@ -1,0 +1,139 @@
+"""Whole pipelines: the same noise, ten guided steps, frames against the reference's; and our export in the
+reference's hands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sora_jax import Pipeline
+from sora_jax.errors import UserError
+from sora_jax.weights.layout import save_folder
+
+PROMPT, NEGATIVE = "a red ball bounces on the floor", "blue"
+FRAMES, STEPS = 9, 10
+
+
+@pytest.fixture(scope="module", params=["t2v", "a14b", "ti2v"])
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Pipeline]:
+    import reference
+
+    theirs = reference.pipeline(request.param)
+    theirs.set_progress_bar_config(disable=True)
+    path = reference.save(theirs, tmp_path_factory.mktemp("model") / request.param)
+    return request.param, theirs, Pipeline.load(path, dtype="float32")
+
+
+def sizes(pipe: Pipeline) -> dict[str, int]:
+    return {"height": 4 * pipe.stride.height, "width": 6 * pipe.stride.width}
+
+
+def draw(pipe: Pipeline) -> np.ndarray:
+    F = 1 + (FRAMES - 1) // pipe.stride.time
+    return np.random.default_rng(0).normal(size=(F, 4, 6, pipe.folder.autoencoder_config.z_dim)).astype(np.float32)
+
+
+def their_frames(theirs: Any, noise: np.ndarray, sizes: dict[str, int], **options: Any) -> np.ndarray:
+    import torch
+
+    latents = torch.from_numpy(np.moveaxis(noise, -1, 0)[None].copy())
+    made = theirs(
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        num_frames=FRAMES,
+        num_inference_steps=STEPS,
+        latents=latents,
+        output_type="np",
+        **sizes,
+        **options,
+    )
+    return np.asarray(made.frames[0])
+
+
+def assert_same_frames(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0.05, "there is something to see"
+    assert np.abs(ours - theirs).max() <= 2e-3
+    within = np.abs(np.round(ours * 255) - np.round(theirs * 255)) <= 1
+    assert within.mean() >= 0.999
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpmpp_2m", "euler"])
+def test_frames_from_text(both, solver: str):
+    import reference
+
+    kind, theirs, pipe = both
+    theirs.scheduler = reference.scheduler(solver)
+    noise = draw(pipe)
+    options = {"guidance_scale": 4.0} | ({"guidance_scale_2": 3.0} if kind == "a14b" else {})
+    expected = their_frames(theirs, noise, sizes(pipe), **options)
+    video = pipe.sample(
+        PROMPT,
+        negative_prompt=NEGATIVE,
+        frames=FRAMES,
+        steps=STEPS,
+        guidance=4.0,
+        guidance_low=3.0 if kind == "a14b" else None,
+        solver=solver,
+        shift=5.0,
+        noise=noise,
+        output="float32",
+        **sizes(pipe),
+    )
+    assert_same_frames(video.frames, expected)
+
+
+def test_frames_from_a_first_frame(both):
+    kind, theirs, pipe = both
+    image = np.random.default_rng(1).integers(0, 256, (*sizes(pipe).values(), 3)).astype(np.uint8)
+    noise = draw(pipe)
+    if kind != "ti2v":
+        with pytest.raises(UserError, match="makes videos from text alone"):
+            pipe.sample(PROMPT, image=image, frames=FRAMES, **sizes(pipe))
+        return
+    import diffusers
+    import PIL.Image
+
+    animate = diffusers.WanImageToVideoPipeline(
+        tokenizer=theirs.tokenizer,
+        text_encoder=theirs.text_encoder,
+        vae=theirs.vae,
+        scheduler=theirs.scheduler.from_config(theirs.scheduler.config),
+        transformer=theirs.transformer,
+        expand_timesteps=True,
+    )
+    animate.set_progress_bar_config(disable=True)
+    picture = PIL.Image.fromarray(image)
+    expected = their_frames(animate, noise, sizes(pipe), image=picture, guidance_scale=4.0)
+    video = pipe.sample(
+        PROMPT,
+        image=image,
+        negative_prompt=NEGATIVE,
+        frames=FRAMES,
+        steps=STEPS,
+        guidance=4.0,
+        solver={"UniPCMultistepScheduler": "unipc", "DPMSolverMultistepScheduler": "dpmpp_2m"}.get(
+            type(animate.scheduler).__name__, "euler"
+        ),
+        noise=noise,
+        output="float32",
+        **sizes(pipe),
+    )
+    assert_same_frames(video.frames, expected)
+
+
+def test_the_reference_makes_the_same_of_our_export(both, tmp_path):
+    import diffusers
+
+    kind, theirs, pipe = both
+    path = save_folder(tmp_path / "exported", pipe.folder)
+    back = diffusers.WanPipeline.from_pretrained(path)
+    back.set_progress_bar_config(disable=True)
+    noise = draw(pipe)
+    theirs.scheduler = back.scheduler
+    before = their_frames(theirs, noise, sizes(pipe), guidance_scale=4.0)
+    np.testing.assert_array_equal(their_frames(back, noise, sizes(pipe), guidance_scale=4.0), before)
+    assert back.config.boundary_ratio == theirs.config.boundary_ratio
+    assert back.config.expand_timesteps == theirs.config.expand_timesteps
