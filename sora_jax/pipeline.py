@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -42,6 +43,20 @@ from sora_jax.weights.layout import INDEX, ModelFolder, load_folder
 from sora_jax.weights.shipped import find_model
 
 OUTPUTS = ("uint8", "float32", "latents")
+
+# What the pipelines of `diffusers` call our options (docs/open_models.md).
+DIFFUSERS_NAMES = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "guidance_scale_2": "guidance_low",
+    "num_frames": "frames",
+    "num_videos_per_prompt": "num_videos",
+    "generator": "seed",
+    "latents": "noise",
+    "output_type": "output",
+    "flow_shift": "shift",
+    "callback_on_step_end": "progress",
+}
 
 Progress = Callable[[str, int, int], None]
 """`progress(stage, done, total)` after each step of "denoise" and each frame of "decode"."""
@@ -88,13 +103,15 @@ class Pipeline:
     ) -> Pipeline:
         """`model` is the name of one that ships with the package, or path or URL of a model folder or a run's
         workdir. `mesh` spreads parameters and tokens over devices; as lengths of its axes it takes all of them:
-        {"fsdp": 4, "sequence": 2}. Without, one device does it all."""
+        {"fsdp": 4, "sequence": 2}. Without, one device does it all. `dtype` is that of activations and, for a model
+        folder, of parameters: "auto", "float32" or "bfloat16"."""
         runtime.enable_compile_cache()
         path = find_model(model)
         if mesh is not None and not isinstance(mesh, Mesh):
             mesh = sharding.make_mesh(mesh)
         if (path / INDEX).exists():
-            folder = load_folder(path, mesh=mesh)
+            devices = None if mesh is None else mesh.devices.ravel().tolist()
+            folder = load_folder(path, mesh=mesh, dtype=runtime.compute_dtype(dtype, devices))
         else:
             from sora_jax.training.trained import model_of_run  # all of training: slow to import, and rarely needed
 
@@ -130,6 +147,7 @@ class Pipeline:
         at `seed`, or at its own of a list of seeds; every video is what its seed makes alone. `options` are those of
         `sample_canvases`. Raises `UserError` for anything that cannot be made as asked.
         """
+        _refuse_other_names(options)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if num_videos < 1:
             raise UserError(f"num_videos must be at least 1, not {num_videos}")
@@ -200,7 +218,7 @@ class Pipeline:
         )
         if settings.guidance_low is not None and self.folder.transformer_2 is None:
             raise UserError(f"guidance_low is for models of two experts, and {self.name} has one")
-        if not self.folder.takes_frames and any(span.given is not None for one in drawn for span in one.spans):
+        if not defaults.takes_frames and any(span.given is not None for one in drawn for span in one.spans):
             raise UserError(f"{self.name} makes videos from text alone: it was not trained beside given frames")
         if output not in OUTPUTS:
             raise UserError(f"unknown output {output!r}: {nearest(output, OUTPUTS)}")
@@ -406,6 +424,17 @@ class Pipeline:
 
 
 # ------------------------------------------------------------------------------------------------ helpers
+
+
+def _refuse_other_names(options: Mapping[str, Any]) -> None:
+    """An option that is not ours is refused, with our name for what `diffusers` calls so."""
+    known = {*inspect.signature(Pipeline.sample).parameters, *inspect.signature(Pipeline.sample_canvases).parameters}
+    known -= {"self", "options", "drawn", "seeds"}
+    for name in options:
+        if name in DIFFUSERS_NAMES:
+            raise UserError(f"{name} is called `{DIFFUSERS_NAMES[name]}` here")
+        if name not in known:
+            raise UserError(f"sample has no option {name}: {nearest(name, known)}")
 
 
 def _structure(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.GraphDef:

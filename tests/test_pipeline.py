@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from flax import nnx
 from PIL import Image
 
 from sora_jax.canvas import lay_out, storyboard, text_to_video
+from sora_jax.diffusion.sampler import find_solver, level_schedule
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sora_jax.models.text_encoder import TextEncoder, TextEncoderConfig
@@ -239,6 +242,57 @@ def test_what_cannot_be_made_is_said_in_one_line(pipe, options, says):
     with pytest.raises(UserError, match=says) as error:
         pipe.sample(options.pop("prompt"), **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"num_inference_steps": 3}, "num_inference_steps is called `steps` here"),
+        ({"guidance_scale": 3.0}, "guidance_scale is called `guidance` here"),
+        ({"stepz": 3}, 'sample has no option stepz: did you mean "steps"'),
+        ({"guidance_low": 3.0}, "guidance_low is for models of two experts"),
+    ],
+)
+def test_an_option_of_another_name_is_refused_with_ours(pipe, option, says):
+    with pytest.raises(UserError, match=says):
+        pipe.sample("a red ball", **option)
+
+
+def test_an_open_model_without_levels_per_frame_refuses_given_frames(pipe):
+    defaults = dataclasses.replace(pipe.folder.defaults, takes_frames=False)
+    folder = dataclasses.replace(pipe.folder, defaults=defaults)
+    image = np.zeros((16, 24, 3), np.uint8)
+    with pytest.raises(UserError, match="makes videos from text alone"):
+        Pipeline(folder, "open", dtype="float32").sample("a red ball", image=image)
+
+
+def test_two_experts_share_the_steps_at_the_boundary(pipe):
+    """With the second expert the same network, nothing changes; with another, from the boundary on everything does."""
+    same = dataclasses.replace(pipe.folder, transformer_2=pipe.folder.transformer, boundary=0.6)
+    expected = pipe.sample("a red ball", output="latents", steps=4, trajectory=True)
+    made = Pipeline(same, "two", dtype="float32").sample("a red ball", output="latents", steps=4, trajectory=True)
+    np.testing.assert_array_equal(made.latents, expected.latents)
+
+    still = jax.tree.map(jnp.zeros_like, pipe.folder.transformer)
+    other = Pipeline(dataclasses.replace(same, transformer_2=still), "two", dtype="float32")
+    split = other.sample("a red ball", output="latents", steps=4, trajectory=True)
+    levels = level_schedule(find_solver("unipc"), 4, 2.0)[:-1]
+    high = int((levels * 1000 >= 600).sum())
+    assert 0 < high < 4
+    np.testing.assert_array_equal(split.trajectory[:high], expected.trajectory[:high])
+    assert np.abs(split.trajectory[high:] - expected.trajectory[high:]).max() > 1e-3
+    # and the high-noise one is back for the next video
+    np.testing.assert_array_equal(other.sample("a red ball", output="latents", steps=4).latents, split.latents)
+
+
+def test_a_hub_name_says_what_it_takes(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as where the extra is not installed
+    with pytest.raises(UserError, match=r"there is no folder nobody/nothing; .*sora-jax\[weights\]"):
+        Pipeline.load("nobody/nothing")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="unknown model 'runs/wrold'"):  # a path, as its folder shows
+        Pipeline.load("runs/wrold")
 
 
 def test_unknown_model_names_the_shipped_ones():

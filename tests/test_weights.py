@@ -190,6 +190,14 @@ def test_narrow_weights_are_widened_exactly_or_kept(text_encoder, dtype):
     assert kept["embed"].get_value().dtype == dtype
 
 
+def test_what_a_family_keeps_wide_is_float32_at_any_dtype(tiny_model):
+    _, params = load_component(tiny_model / "transformer", TRANSFORMER, dtype=jnp.bfloat16)
+    dtypes = {".".join(map(str, path)): leaf.get_value().dtype for path, leaf in nnx.to_flat_state(params)}
+    wide = {name for name, dtype in dtypes.items() if dtype == jnp.float32}
+    assert {"blocks.modulation", "blocks.self_attn.q_norm.scale", "time_embed.in_proj.kernel"} <= wide
+    assert {"blocks.ffn.in_proj.kernel", "head.kernel", "time_proj.kernel"} <= dtypes.keys() - wide
+
+
 def test_saving_as_bfloat16_rounds_to_nearest_even(text_encoder, tmp_path):
     folder, tensors = text_encoder
     tensors["encoder.final_layer_norm.weight"][:3] = [1 + 2**-8, 1 + 3 * 2**-8, 1.0]  # both halfway between two
@@ -305,8 +313,17 @@ def test_other_files_are_refused(text_encoder, content, message):
     [
         ("model_index.json", {"_class_name": "FluxPipeline"}, 'describes a "FluxPipeline"; known: WanPipeline'),
         ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, 'has "AutoencoderKL" as vae'),
-        ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "two transformers"),
-        ("tokenizer/tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"}, '"T5Tokenizer" is not supported'),
+        (
+            "model_index.json",
+            {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
+            "boundary_ratio, .* one is missing",
+        ),
+        ("model_index.json", {"transformer_2": ["diffusers", "QwenTransformer"]}, '"QwenTransformer" as transformer_2'),
+        (
+            "tokenizer/tokenizer_config.json",
+            {"tokenizer_class": "T5Tokenizer"},
+            r"tokenizer\.json is missing: .*T5Token",
+        ),
         ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, 'scheduler "DDIMScheduler" is not'),
         (
             "scheduler/scheduler_config.json",

@@ -57,7 +57,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     out = epath.Path(args.out)
     if (out / INDEX).exists() and not args.force:
         raise UserError(f"{args.out} holds a model; --force overwrites it")
-    model = _with_autoencoder(args.model, args.autoencoder) if args.autoencoder else Pipeline.load(args.model).folder
+    model = (
+        _with_autoencoder(args.model, args.autoencoder)
+        if args.autoencoder
+        else Pipeline.load(args.model, dtype="float32").folder
+    )
     defaults = model.defaults
     facts = {**defaults.card, "figures": {**defaults.card.get("figures", {}), **evaluation}}
     defaults = dataclasses.replace(defaults, version=args.name or out.name, card=facts)

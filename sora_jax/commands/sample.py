@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--model", metavar="MODEL", help="a shipped name, a model folder or URL, or a workdir (world)")
     how.add_argument("--steps", type=int, metavar="N", help="solver steps; more is slower and finer")
     how.add_argument("--guidance", type=float, metavar="W", help="how strongly the prompt is followed; 1 = as trained")
-    how.add_argument("--solver", metavar="NAME", help="euler, heun or unipc")
+    how.add_argument("--guidance-low", type=float, metavar="W", help="that of a second expert, for low noise")
+    how.add_argument("--solver", metavar="NAME", help="unipc, dpmpp_2m, euler or heun")
     how.add_argument("--shift", type=float, metavar="S", help="time spent at high noise; larger for larger videos")
     how.add_argument("--seed", type=int, metavar="N", help="the same seed makes the same video (0)")
     how.add_argument(
@@ -254,7 +255,7 @@ def slug(prompt: str, length: int = 60) -> str:
 
 def _settings(args: argparse.Namespace, like: Record | None) -> dict[str, Any]:
     """What goes to `Pipeline.sample` beside prompt and seed: flags first, then the file that is taken after."""
-    names = ("frames", "seconds", "height", "width", "steps", "guidance", "solver", "shift")
+    names = ("frames", "seconds", "height", "width", "steps", "guidance", "guidance_low", "solver", "shift")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if "frames" in settings and "seconds" in settings:
         raise UserError("--frames and --seconds say the same thing; give one of them")

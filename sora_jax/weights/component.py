@@ -57,9 +57,10 @@ def load_component(
 ) -> tuple[Config, nnx.State]:
     """The config and parameters in `folder` (`config.json` and safetensors).
 
-    Parameters are converted to `dtype` (None: as they are stored) and placed on `mesh` by their logical axes, or on
-    the default device. All tensors are checked by name, shape and dtype before the first is read; the first that
-    is missing, unexpected, of the wrong shape or dtype, or cut off is a `UserError` that names it.
+    Parameters are converted to `dtype` (None: as they are stored; those that the family keeps `wide` to float32) and
+    placed on `mesh` by their logical axes, or on the default device. All tensors are checked by name, shape and dtype
+    before the first is read; the first that is missing, unexpected, of the wrong shape or dtype, or cut off is a
+    `UserError` that names it.
     """
     folder = epath.Path(folder)
     config = read_config(folder / "config.json", family)
@@ -73,7 +74,8 @@ def load_component(
     with tensor_reader() as read:
         for path, row in rows:
             tensors = [stored[key] for key in keys[row.ours]]
-            wanted = DTYPES[tensors[0].dtype] if dtype is None else jnp.dtype(dtype)
+            wide = any(part in row.ours for part in family.wide)
+            wanted = DTYPES[tensors[0].dtype] if dtype is None else jnp.dtype(jnp.float32 if wide else dtype)
             array = np.empty(flat[path].shape, wanted)
             for n, tensor in enumerate(tensors):
                 array[n if row.stacked else ...] = row.to_ours(read(tensor))

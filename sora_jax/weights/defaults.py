@@ -81,6 +81,7 @@ class SamplingDefaults:
     guidance: float = 5.0
     negative_prompt: str = ""
     card: Mapping[str, Any] = field(default_factory=dict)  # facts for the model card: data, licence, figures
+    takes_frames: bool = True  # whether given frames may lie beside noise: levels per latent frame were trained
     guidance_low: float | None = None  # of the expert for low noise, where there are two; None: as `guidance`
 
     @classmethod

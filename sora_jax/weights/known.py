@@ -5,6 +5,8 @@ Source: the configs and model cards of Wan 2.1 and 2.2 (github.com/Wan-Video). T
 
 from __future__ import annotations
 
+import dataclasses
+
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.weights.defaults import SamplingDefaults
 
@@ -17,7 +19,9 @@ WAN = {
 }
 
 
-def known_defaults(transformer: TransformerConfig, two_experts: bool) -> SamplingDefaults:
+def known_defaults(
+    transformer: TransformerConfig, two_experts: bool, *, takes_frames: bool = False
+) -> SamplingDefaults:
     """Those of the open model of these sizes; of Wan 2.1's text to video for any other."""
     key = (transformer.n_layers, transformer.dim, transformer.out_channels, two_experts)
-    return WAN.get(key, SamplingDefaults())
+    return dataclasses.replace(WAN.get(key, SamplingDefaults()), takes_frames=takes_frames)

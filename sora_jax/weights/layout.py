@@ -57,7 +57,6 @@ class ModelFolder:
     path: epath.Path | None = None  # where it was loaded from
     transformer_2: nnx.State | None = None  # the expert for levels below `boundary`, of the same config
     boundary: float | None = None
-    takes_frames: bool = True  # whether given frames may lie beside noise: levels per latent frame were trained
 
     def __post_init__(self) -> None:
         if self.transformer_config.text_dim != self.text_encoder_config.d_model:
@@ -70,8 +69,6 @@ class ModelFolder:
                 f"the transformer makes latents of {self.transformer_config.out_channels} channels, "
                 f"the autoencoder reads {self.autoencoder_config.z_dim}"
             )
-        if (self.transformer_2 is None) != (self.boundary is None):
-            raise UserError("two transformers need the boundary between them (boundary_ratio), and one has none")
         if self.tokenizer.vocab_size > self.text_encoder_config.vocab_size:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.vocab_size} ids, "
@@ -96,8 +93,7 @@ def load_folder(
     # the small files first: what they have to say should not wait for gigabytes
     tokenizer = _load_tokenizer(path / "tokenizer")
     scheduler = parse_json(path / "scheduler" / "scheduler_config.json", SchedulerDefaults.from_dict)
-    own = (path / OURS).exists()
-    defaults = parse_json(path / OURS, SamplingDefaults.from_dict) if own else None
+    defaults = parse_json(path / OURS, SamplingDefaults.from_dict) if (path / OURS).exists() else None
     (transformer_config, transformer), (autoencoder_config, autoencoder), (text_encoder_config, text_encoder) = (
         load_component(path / family.folder, family, mesh=mesh, dtype=dtype) for family in FAMILIES
     )
@@ -116,11 +112,10 @@ def load_folder(
             text_encoder,
             tokenizer,
             scheduler,
-            known_defaults(transformer_config, index.two_experts) if defaults is None else defaults,
+            defaults or known_defaults(transformer_config, index.two_experts, takes_frames=index.levels_per_token),
             path,
             transformer_2,
             index.boundary,
-            takes_frames=own or index.levels_per_token,
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -145,6 +140,10 @@ def _read_index(path: epath.Path) -> _Index:
     if second not in (None, TRANSFORMER.name):
         raise UserError(f'{path / INDEX} has "{second}" as {SECOND}, not {TRANSFORMER.name}')
     boundary = index.get("boundary_ratio")
+    if (second is None) != (boundary is None):
+        raise UserError(
+            f"{path / INDEX}: {SECOND} and boundary_ratio, the level it begins at, go together; one is missing"
+        )
     return _Index(second is not None, boundary, bool(index.get("expand_timesteps")))
 
 
@@ -206,7 +205,8 @@ def _index(model: ModelFolder) -> dict[str, Any]:
         "_class_name": "WanPipeline",
         "_diffusers_version": FORMAT_VERSION,
         "boundary_ratio": model.boundary,
-        "expand_timesteps": model.takes_frames and not byte,  # Wan 2.2 TI2V, which `diffusers` gives a level per token
+        "expand_timesteps": model.defaults.takes_frames
+        and not byte,  # Wan 2.2 TI2V, which `diffusers` gives a level per token
         "scheduler": ["diffusers", SCHEDULERS[model.scheduler.solver][0]],
         "tokenizer": ["transformers", "ByT5Tokenizer" if byte else "T5TokenizerFast"],
         SECOND: [TRANSFORMER.library, TRANSFORMER.name] if two else [None, None],

@@ -1,7 +1,8 @@
-"""Where a model's name leads: to one that ships with the package, or to a folder."""
+"""Where a model's name leads: to one that ships with the package, to a folder, or to a hub."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from etils import epath
@@ -23,13 +24,49 @@ def shipped_models(folder: Path = SHIPPED) -> dict[str, Path]:
 
 
 def find_model(model: epath.PathLike) -> epath.Path:
-    """The folder of a shipped model's name, or of a path or URL. Raises `UserError` naming what is known."""
+    """The folder of a shipped model's name, of a path or URL, or of a name on the Hugging Face hub, which is fetched.
+
+    Raises `UserError` naming what is known. The network is touched for OWNER/NAME alone, and only where no folder OWNER
+    makes that a path.
+    """
     shipped = shipped_models()
     if str(model) in shipped:
         return epath.Path(shipped[str(model)])
     path = epath.Path(model)
-    if not path.exists():
+    if path.exists():
+        return path
+    if HUB_NAME.fullmatch(str(model)) and not path.parent.exists():
+        return _from_hub(str(model))
+    raise UserError(
+        f"unknown model {str(model)!r}: no folder of that name, and {nearest(str(model), shipped or ['world'])}"
+    )
+
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = ["model_index.json", "sora_jax.json", "*/*.json", "*/*.safetensors", "*/*.model"]
+
+
+def _from_hub(name: str) -> epath.Path:
+    """A copy of the model's files, kept where `huggingface_hub` keeps them; it goes on with one that was cut short."""
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError:
         raise UserError(
-            f"unknown model {str(model)!r}: no folder of that name, and {nearest(str(model), shipped or ['world'])}"
-        )
-    return path
+            f"there is no folder {name}; to fetch a model of that name from the Hugging Face hub: "
+            "pip install 'sora-jax[weights]'"
+        ) from None
+    try:
+        return epath.Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+    except errors.GatedRepoError:
+        raise UserError(f"{name} on the Hugging Face hub wants its terms accepted: do so there, and log in") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"there is no folder {name}, and no model of that name on the Hugging Face hub") from None
+    except errors.LocalEntryNotFoundError:
+        raise UserError(
+            f"there is no folder {name}, and the Hugging Face hub cannot be reached: check the network or give a folder"
+        ) from None
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"{name} could not be fetched from the Hugging Face hub: {str(error).splitlines()[0]}"
+        ) from None

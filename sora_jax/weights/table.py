@@ -69,3 +69,4 @@ class Family:
     table: Callable[[Any], Sequence[Row]]  # table(config)
     read_config: Callable[[Mapping[str, Any]], Any]
     write_config: Callable[[Any], dict[str, Any]]
+    wide: tuple[str, ...] = ()  # parts of the names of parameters that are float32 at any dtype

@@ -103,6 +103,7 @@ TRANSFORMER = Family(
     table=transformer_table,
     read_config=read_transformer_config,
     write_config=write_transformer_config,
+    wide=("time_embed.", "modulation", "norm."),
 )
 
 # --- autoencoder ---------------------------------------------------------------------------------------------------

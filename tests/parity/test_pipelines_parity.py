@@ -127,7 +127,7 @@ def test_frames_from_a_first_frame(both):
 def test_the_reference_makes_the_same_of_our_export(both, tmp_path):
     import diffusers
 
-    kind, theirs, pipe = both
+    _, theirs, pipe = both
     path = save_folder(tmp_path / "exported", pipe.folder)
     back = diffusers.WanPipeline.from_pretrained(path)
     back.set_progress_bar_config(disable=True)
