@@ -322,7 +322,7 @@ def test_other_files_are_refused(text_encoder, content, message):
         (
             "tokenizer/tokenizer_config.json",
             {"tokenizer_class": "T5Tokenizer"},
-            r"tokenizer\.json is missing: .*T5Token",
+            r"tokenizer\.json, its pieces, is missing",
         ),
         ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, 'scheduler "DDIMScheduler" is not'),
         (

@@ -153,7 +153,10 @@ def _load_tokenizer(folder: epath.Path) -> Tokenizer:
         return parse_json(folder / "tokenizer_config.json", ByteTokenizer.from_dict)
     pieces = folder / "tokenizer.json"
     if not pieces.exists():
-        raise UserError(f"{pieces} is missing: it holds the vocabulary of {values.get('tokenizer_class')}")
+        kind = values.get("tokenizer_class")
+        raise UserError(
+            f'{folder / "tokenizer_config.json"} describes a "{kind}", and tokenizer.json, its pieces, is missing'
+        )
     try:
         return SubwordTokenizer.from_files(pieces.read_text(), values)
     except UserError as error:
