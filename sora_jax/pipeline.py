@@ -40,6 +40,7 @@ from sora_jax.shapes import Condition, Extent, frames_for_seconds
 from sora_jax.tokens.spans import spans_to_tokens, tokens_to_spans
 from sora_jax.video import Settings, Video
 from sora_jax.weights.layout import INDEX, ModelFolder, load_folder
+from sora_jax.weights.original import is_original, load_original
 from sora_jax.weights.shipped import find_model
 
 OUTPUTS = ("uint8", "float32", "latents")
@@ -109,9 +110,11 @@ class Pipeline:
         path = find_model(model)
         if mesh is not None and not isinstance(mesh, Mesh):
             mesh = sharding.make_mesh(mesh)
+        wanted = runtime.compute_dtype(dtype, None if mesh is None else mesh.devices.ravel().tolist())
         if (path / INDEX).exists():
-            devices = None if mesh is None else mesh.devices.ravel().tolist()
-            folder = load_folder(path, mesh=mesh, dtype=runtime.compute_dtype(dtype, devices))
+            folder = load_folder(path, mesh=mesh, dtype=wanted)
+        elif is_original(path):
+            folder = load_original(path, mesh=mesh, dtype=wanted)
         else:
             from sora_jax.training.trained import model_of_run  # all of training: slow to import, and rarely needed
 

@@ -82,6 +82,8 @@ def test_export_does_not_overwrite_unasked(tmp_path, capsys, tiny_model):
     ("flags", "message"),
     [
         (["--dtype", "int8"], 'weights cannot be written as "int8"'),
+        (["--layout", "orignal"], 'unknown layout "orignal": did you mean "original"'),
+        (["--layout", "original"], "this model reads bytes: use the layout diffusers"),
         (["--evaluation", "none.json"], "none.json does not exist"),
         (["--evaluation", __file__], "is not what sora-jax eval --json prints"),
     ],

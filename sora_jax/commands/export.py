@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sora_jax.errors import UserError
+from sora_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from sora_jax.weights.layout import ModelFolder
@@ -20,12 +20,19 @@ EXAMPLES = """
     sora-jax export world gs://bucket/world --force
 """
 
+LAYOUTS = ("diffusers", "original")
 LISTED = ("figures", "licence", "words", "prompts")  # facts that the card shows in places of their own
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL|WORKDIR", help="a shipped name, a model folder or URL, or a workdir")
-    parser.add_argument("out", metavar="OUT", help="folder or URL to write, in the layout of diffusers")
+    parser.add_argument("out", metavar="OUT", help="folder or URL to write")
+    parser.add_argument(
+        "--layout",
+        default="diffusers",
+        metavar="LAYOUT",
+        help="diffusers (default), or original: the names that Wan's authors use, for models of that family",
+    )
     parser.add_argument(
         "--dtype",
         dest="stored_dtype",  # args.dtype is what a command computes in
@@ -47,12 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.stored_dtype not in ("float32", "bfloat16"):
         raise UserError(f'weights cannot be written as "{args.stored_dtype}"; known: bfloat16, float32')
+    if args.layout not in LAYOUTS:
+        raise UserError(f'unknown layout "{args.layout}": {nearest(args.layout, LAYOUTS)}')
     evaluation = _read_evaluation(args.evaluation) if args.evaluation else {}
 
     from etils import epath
 
     from sora_jax.pipeline import Pipeline
     from sora_jax.weights.layout import INDEX, save_folder
+    from sora_jax.weights.original import save_original
 
     out = epath.Path(args.out)
     if (out / INDEX).exists() and not args.force:
@@ -66,7 +76,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     facts = {**defaults.card, "figures": {**defaults.card.get("figures", {}), **evaluation}}
     defaults = dataclasses.replace(defaults, version=args.name or out.name, card=facts)
     model = dataclasses.replace(model, defaults=defaults)
-    save_folder(out, model, dtype=args.stored_dtype, card=model_card(model), overwrite=args.force)
+    if args.layout == "original":
+        save_original(out, model, dtype=args.stored_dtype, overwrite=args.force)
+    else:
+        save_folder(out, model, dtype=args.stored_dtype, card=model_card(model), overwrite=args.force)
     files = [file for pattern in ("*", "*/*") for file in out.glob(pattern) if not file.is_dir()]
     size = sum(file.stat().length for file in files)
     if not args.json:

@@ -64,13 +64,25 @@ def load_component(
     """
     folder = epath.Path(folder)
     config = read_config(folder / "config.json", family)
+    file = folder / f"{family.stem}.safetensors"
+    return config, load_params(family, config, read_headers(folder, family.stem), file, mesh=mesh, dtype=dtype)
+
+
+def load_params(
+    family: Family,
+    config: Config,
+    stored: Mapping[str, StoredTensor],
+    file: epath.Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike | None = jnp.float32,
+) -> nnx.State:
+    """The parameters of `config` among the tensors `stored` in `file`, as `load_component` says."""
     params = abstract_params(family, config)
     rows = match_rows(family, config, params)
     flat = dict(nnx.to_flat_state(params))
     shardings = dict(nnx.to_flat_state(param_shardings(params, mesh))) if mesh is not None else {}
-
-    stored = read_headers(folder, family.stem)
-    keys = check_tensors(folder / f"{family.stem}.safetensors", stored, [(row, flat[path].shape) for path, row in rows])
+    keys = check_tensors(file, stored, [(row, flat[path].shape) for path, row in rows])
     with tensor_reader() as read:
         for path, row in rows:
             tensors = [stored[key] for key in keys[row.ours]]
@@ -81,7 +93,7 @@ def load_component(
                 array[n if row.stacked else ...] = row.to_ours(read(tensor))
             _check_repeats(row, array, stored, read)
             flat[path] = flat[path].replace(jax.device_put(array, shardings.get(path)))
-    return config, nnx.from_flat_state(list(flat.items()))
+    return nnx.from_flat_state(list(flat.items()))
 
 
 def read_config(path: epath.Path, family: Family) -> Config:
@@ -150,9 +162,16 @@ def save_component(
 
     `dtype` is "float32" or "bfloat16". Raises `ValueError` when `params` are not those of `config`.
     """
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_params(folder / f"{family.stem}.safetensors", family, config, params, dtype=dtype)
+    write_json(folder / "config.json", config_header(family, dtype) | family.write_config(config))
+
+
+def save_params(file: epath.Path, family: Family, config: Config, params: nnx.State, *, dtype: str = "float32") -> None:
+    """Write one safetensors file, as `save_component` says."""
     if dtype not in SAVE_DTYPES:
         raise UserError(f'weights cannot be saved as "{dtype}": {nearest(dtype, SAVE_DTYPES)}')
-    folder = epath.Path(folder)
     shapes = {path: variable.shape for path, variable in nnx.to_flat_state(abstract_params(family, config))}
     flat = {path: variable.get_value() for path, variable in nnx.to_flat_state(params)}
     if (found := {path: array.shape for path, array in flat.items()}) != shapes:
@@ -166,10 +185,8 @@ def save_component(
             for layer in array if row.stacked else array[None]:
                 yield row.to_theirs(layer)
 
-    folder.mkdir(parents=True, exist_ok=True)
     written = {key: row.their_shape(shapes[path]) for path, row in rows for key in row.keys(shapes[path])}
-    write_tensors(folder / f"{family.stem}.safetensors", written, SAVE_DTYPES[dtype], tensors())
-    write_json(folder / "config.json", config_header(family, dtype) | family.write_config(config))
+    write_tensors(file, written, SAVE_DTYPES[dtype], tensors())
 
 
 def config_header(family: Family, dtype: str) -> dict[str, Any]:

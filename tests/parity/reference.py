@@ -87,7 +87,7 @@ def transformer(*, channels: int = 4, seed: int = 2, **sizes: Any) -> Any:
 
 
 def autoencoder_21(**sizes: Any) -> Any:
-    sizes = {"base_dim": 6, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1} | sizes
+    sizes = {"base_dim": 6, "z_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2} | sizes
     rng = np.random.default_rng(3)
     model = diffusers.AutoencoderKLWan(
         **sizes,
