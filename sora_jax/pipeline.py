@@ -33,15 +33,14 @@ from sora_jax.diffusion.guidance import Velocity, classifier_free_guidance, guid
 from sora_jax.diffusion.sampler import denoise, find_solver, level_schedule, schedule_table, start
 from sora_jax.errors import UserError, nearest
 from sora_jax.experts import Experts
+from sora_jax.load import load_model
 from sora_jax.models.autoencoder import Autoencoder, decode_stream, encode_stream
 from sora_jax.models.text_encoder import TextEncoder
 from sora_jax.models.transformer import Transformer, model_time
 from sora_jax.shapes import Condition, Extent, frames_for_seconds
 from sora_jax.tokens.spans import spans_to_tokens, tokens_to_spans
 from sora_jax.video import Settings, Video
-from sora_jax.weights.layout import INDEX, ModelFolder, load_folder
-from sora_jax.weights.original import is_original, load_original
-from sora_jax.weights.shipped import find_model
+from sora_jax.weights.layout import ModelFolder
 
 OUTPUTS = ("uint8", "float32", "latents")
 
@@ -73,7 +72,16 @@ class Made(NamedTuple):
 class Pipeline:
     """A model's networks and parameters, and what turns them into videos."""
 
-    def __init__(self, folder: ModelFolder, name: str, dtype: str = "auto", mesh: Mesh | None = None):
+    def __init__(
+        self,
+        folder: ModelFolder,
+        name: str,
+        dtype: str = "auto",
+        mesh: Mesh | None = None,
+        lora: Mapping[str, float] | None = None,
+    ):
+        """`folder` has the adapters `lora` merged into it already; a video's record names them."""
+        self.lora = dict(lora or {})
         self.folder = folder
         self.name = name
         self.mesh = mesh
@@ -101,25 +109,19 @@ class Pipeline:
         *,
         mesh: Mesh | Mapping[str, int] | None = None,
         dtype: str = "auto",
+        lora: str | Mapping[str, float] | None = None,
     ) -> Pipeline:
         """`model` is the name of one that ships with the package, or path or URL of a model folder or a run's
         workdir. `mesh` spreads parameters and tokens over devices; as lengths of its axes it takes all of them:
         {"fsdp": 4, "sequence": 2}. Without, one device does it all. `dtype` is that of activations and, for a model
-        folder, of parameters: "auto", "float32" or "bfloat16"."""
+        folder, of parameters: "auto", "float32" or "bfloat16". `lora` names a file of low-rank adapters to merge into
+        the transformer, or several with a weight each."""
         runtime.enable_compile_cache()
-        path = find_model(model)
         if mesh is not None and not isinstance(mesh, Mesh):
             mesh = sharding.make_mesh(mesh)
-        wanted = runtime.compute_dtype(dtype, None if mesh is None else mesh.devices.ravel().tolist())
-        if (path / INDEX).exists():
-            folder = load_folder(path, mesh=mesh, dtype=wanted)
-        elif is_original(path):
-            folder = load_original(path, mesh=mesh, dtype=wanted)
-        else:
-            from sora_jax.training.trained import model_of_run  # all of training: slow to import, and rarely needed
-
-            folder = model_of_run(path, mesh=mesh)
-        return cls(folder, folder.defaults.version or path.name, dtype, mesh)
+        adapters = {lora: 1.0} if isinstance(lora, str) else lora
+        folder, name = load_model(model, mesh, dtype, adapters)
+        return cls(folder, name, dtype, mesh, adapters)
 
     def __call__(self, prompt: str | Sequence[str], **options: Any) -> Any:
         """As `sample`."""
@@ -253,7 +255,7 @@ class Pipeline:
             with jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext():
                 made = self._sample_rows(drawn[some], layout, noise[some], settings, output, trajectory, ahead)
             for row, (one, seed) in enumerate(zip(drawn[some], seeds[some], strict=True)):
-                record = settings.record(one, int(seed), self.name, defaults.fps)
+                record = settings.record(one, int(seed), self.name, defaults.fps, self.lora)
                 steps = None if made.trajectory is None else made.trajectory[row]
                 result, latents = made.result[row], output == "latents"
                 videos.append(

@@ -38,7 +38,7 @@ class Settings:
             if not math.isfinite(scale):
                 raise UserError(f"guidance must be a finite number, not {scale}")
 
-    def record(self, canvas: Canvas, seed: int, model: str, fps: float) -> Record:
+    def record(self, canvas: Canvas, seed: int, model: str, fps: float, lora: dict[str, float]) -> Record:
         return Record(
             prompt=" | ".join(dict.fromkeys(canvas.prompts)),
             seed=seed,
@@ -47,6 +47,7 @@ class Settings:
             height=canvas.height,
             width=canvas.width,
             fps=fps,
+            lora=lora,
             **dataclasses.asdict(self),
         )
 

@@ -55,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--width", type=int, metavar="PIXELS")
     how = parser.add_argument_group("how")
     how.add_argument("--model", metavar="MODEL", help="a shipped name, a model folder or URL, or a workdir (world)")
+    how.add_argument(
+        "--lora", action="append", metavar="FILE[=WEIGHT]", help="low-rank adapters to merge into the model; repeatable"
+    )
     how.add_argument("--steps", type=int, metavar="N", help="solver steps; more is slower and finer")
     how.add_argument("--guidance", type=float, metavar="W", help="how strongly the prompt is followed; 1 = as trained")
     how.add_argument("--guidance-low", type=float, metavar="W", help="that of a second expert, for low noise")
@@ -113,7 +116,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     from sora_jax.pipeline import Pipeline
 
-    pipe = Pipeline.load(args.model or (like.model if like else "world"), mesh=mesh, dtype=args.dtype)
+    lora = _loras(args.lora) if args.lora else like.lora if like else None
+    pipe = Pipeline.load(args.model or (like.model if like else "world"), mesh=mesh, dtype=args.dtype, lora=lora)
     seconds = {"load": time.perf_counter() - started, "compile and sample": 0.0, "decode": 0.0, "write": 0.0}
     warn_of_unknown_words(jobs, pipe.name, pipe.folder.defaults.card)
     if "last_image" in images and not settings.keys() & {"frames", "seconds"}:
@@ -265,6 +269,18 @@ def _settings(args: argparse.Namespace, like: Record | None) -> dict[str, Any]:
         if recorded is not None and not (name == "frames" and "seconds" in settings):
             settings.setdefault(name, recorded)
     return settings
+
+
+def _loras(named: list[str]) -> dict[str, float]:
+    """FILE=WEIGHT pairs; the weight is 1 where there is none."""
+    loras = {}
+    for one in named:
+        file, _, weight = one.rpartition("=") if "=" in one else (one, "", "1")
+        try:
+            loras[file] = float(weight)
+        except ValueError:
+            raise UserError(f"--lora {one} should end in a number: FILE=WEIGHT") from None
+    return loras
 
 
 def _given_files(args: argparse.Namespace, like: Record | None) -> dict[str, str]:

@@ -38,8 +38,8 @@ class StoredTensor(NamedTuple):
     stop: int
 
 
-def read_header(path: epath.Path) -> dict[str, StoredTensor]:
-    """The tensors of one file, by name; the file is checked to be long enough for each."""
+def _read_entries(path: epath.Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of one file, and where the tensors begin."""
     with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
@@ -48,14 +48,29 @@ def read_header(path: epath.Path) -> dict[str, StoredTensor]:
         header = file.read(length) if len(prefix) == 8 and length <= MAX_HEADER else b""
         if not header or len(header) < length:
             raise UserError(f"{path} is not a safetensors file, or is cut off in its header")
-    size = path.stat().length
     try:
         entries = json.loads(header)
-        entries.pop("__metadata__", None)
+    except ValueError:
+        entries = None
+    if not isinstance(entries, dict):
+        raise UserError(f"{path} is not a safetensors file: its header is damaged")
+    return entries, 8 + length
+
+
+def read_metadata(path: epath.Path) -> dict[str, str]:
+    """What the writer of a file noted beside its tensors."""
+    noted = _read_entries(path)[0].get("__metadata__")
+    return noted if isinstance(noted, dict) else {}
+
+
+def read_header(path: epath.Path) -> dict[str, StoredTensor]:
+    """The tensors of one file, by name; the file is checked to be long enough for each."""
+    entries, start = _read_entries(path)
+    entries.pop("__metadata__", None)
+    size = path.stat().length
+    try:
         tensors = {
-            name: StoredTensor(
-                path, entry["dtype"], tuple(entry["shape"]), *(8 + length + n for n in entry["data_offsets"])
-            )
+            name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), *(start + n for n in entry["data_offsets"]))
             for name, entry in entries.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError):

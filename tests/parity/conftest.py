@@ -13,7 +13,10 @@ ABSENT = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
 # What the reference's own code warns of.
-THEIRS = ("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",)
+THEIRS = (
+    "ignore:Already found a `peft_config` attribute:UserWarning",
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

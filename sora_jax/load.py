@@ -1,0 +1,45 @@
+"""A model by name: from the package, a folder in either layout, a run's workdir, or a hub; adapters merged into it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from etils import epath
+from jax.sharding import Mesh
+
+from sora_jax import runtime
+from sora_jax.weights.layout import INDEX, ModelFolder, load_folder
+from sora_jax.weights.original import is_original, load_original
+from sora_jax.weights.shipped import find_model
+
+
+def load_model(
+    model: epath.PathLike, mesh: Mesh | None = None, dtype: str = "auto", lora: Mapping[str, float] | None = None
+) -> tuple[ModelFolder, str]:
+    """What `model` names, and how it calls itself. Arguments as those of `Pipeline.load`."""
+    path = find_model(model)
+    wanted = runtime.compute_dtype(dtype, None if mesh is None else mesh.devices.ravel().tolist())
+    if (path / INDEX).exists():
+        folder = load_folder(path, mesh=mesh, dtype=wanted)
+    elif is_original(path):
+        folder = load_original(path, mesh=mesh, dtype=wanted)
+    else:
+        from sora_jax.training.trained import model_of_run  # all of training: slow to import, and rarely needed
+
+        folder = model_of_run(path, mesh=mesh)
+    if lora:
+        folder = with_loras(folder, lora)
+    return folder, folder.defaults.version or path.name
+
+
+def with_loras(folder: ModelFolder, lora: Mapping[str, float]) -> ModelFolder:
+    """The model with adapters merged into its transformer, or into both of them."""
+    from sora_jax.weights.lora import merge_loras
+
+    config, second = folder.transformer_config, folder.transformer_2
+    return dataclasses.replace(
+        folder,
+        transformer=merge_loras(config, folder.transformer, lora),
+        transformer_2=None if second is None else merge_loras(config, second, lora),
+    )
