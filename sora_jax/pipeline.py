@@ -13,53 +13,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from sora_jax import canvas as canvases
 from sora_jax import runtime, sharding
 from sora_jax.canvas import Canvas, Layout, lay_out
-from sora_jax.diffusion.guidance import Velocity, classifier_free_guidance, guided_condition
+from sora_jax.diffusion.guidance import guided_condition
 from sora_jax.diffusion.sampler import denoise, find_solver, level_schedule, schedule_table, start
 from sora_jax.errors import UserError, nearest
-from sora_jax.experts import Experts
 from sora_jax.load import load_model
-from sora_jax.models.autoencoder import Autoencoder, decode_stream, encode_stream
-from sora_jax.models.text_encoder import TextEncoder
-from sora_jax.models.transformer import Transformer, model_time
-from sora_jax.shapes import Condition, Extent, frames_for_seconds
+from sora_jax.pieces import Pieces, Progress
+from sora_jax.settings import Settings, refuse_other_names
+from sora_jax.shapes import Extent, frames_for_seconds
 from sora_jax.tokens.spans import spans_to_tokens, tokens_to_spans
-from sora_jax.video import Settings, Video
-from sora_jax.weights.layout import ModelFolder
+from sora_jax.video import Video
 
 OUTPUTS = ("uint8", "float32", "latents")
-
-# What the pipelines of `diffusers` call our options (docs/open_models.md).
-DIFFUSERS_NAMES = {
-    "num_inference_steps": "steps",
-    "guidance_scale": "guidance",
-    "guidance_scale_2": "guidance_low",
-    "num_frames": "frames",
-    "num_videos_per_prompt": "num_videos",
-    "generator": "seed",
-    "latents": "noise",
-    "output_type": "output",
-    "flow_shift": "shift",
-    "callback_on_step_end": "progress",
-}
-
-Progress = Callable[[str, int, int], None]
-"""`progress(stage, done, total)` after each step of "denoise" and each frame of "decode"."""
 
 
 class Made(NamedTuple):
@@ -69,38 +47,8 @@ class Made(NamedTuple):
     trajectory: np.ndarray | None
 
 
-class Pipeline:
-    """A model's networks and parameters, and what turns them into videos."""
-
-    def __init__(
-        self,
-        folder: ModelFolder,
-        name: str,
-        dtype: str = "auto",
-        mesh: Mesh | None = None,
-        lora: Mapping[str, float] | None = None,
-    ):
-        """`folder` has the adapters `lora` merged into it already; a video's record names them."""
-        self.lora = dict(lora or {})
-        self.folder = folder
-        self.name = name
-        self.mesh = mesh
-        self.dtype = runtime.compute_dtype(dtype, None if mesh is None else mesh.devices.ravel().tolist())
-        self.stride = folder.autoencoder_config.stride
-        self.patch = folder.transformer_config.patch
-        self.params = folder.transformer
-        self._experts = Experts(folder)
-        self._transformer = _structure(lambda rngs: Transformer(folder.transformer_config, rngs=rngs))
-        self._text_encoder = _structure(lambda rngs: TextEncoder(folder.text_encoder_config, rngs=rngs))
-        self._autoencoder = _structure(lambda rngs: Autoencoder(folder.autoencoder_config, rngs=rngs))
-        # One function object each for the life of the pipeline: compiled programs are kept by them.
-        self.velocity: Velocity = _make_velocity(self._transformer, self.dtype, whole_times=False)
-        whole = _make_velocity(self._transformer, self.dtype, whole_times=True)
-        self._velocities = {
-            (whole_times, guided): classifier_free_guidance(velocity) if guided else velocity
-            for whole_times, velocity in ((False, self.velocity), (True, whole))
-            for guided in (False, True)
-        }
+class Pipeline(Pieces):
+    """A model, and what turns prompts and canvases into videos with it."""
 
     @classmethod
     def load(
@@ -152,7 +100,8 @@ class Pipeline:
         at `seed`, or at its own of a list of seeds; every video is what its seed makes alone. `options` are those of
         `sample_canvases`. Raises `UserError` for anything that cannot be made as asked.
         """
-        _refuse_other_names(options)
+        known = {*signature(Pipeline.sample).parameters, *signature(Pipeline.sample_canvases).parameters}
+        refuse_other_names(options, known - {"self", "options", "drawn", "seeds"})
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if num_videos < 1:
             raise UserError(f"num_videos must be at least 1, not {num_videos}")
@@ -335,75 +284,6 @@ class Pipeline:
             defaults.width if width is None else width,
         )
 
-    # -------------------------------------------------------------------------------------------- pieces
-
-    def condition(self, layout: Layout, prompts: Sequence[Sequence[str]]) -> Condition:
-        """What the model is told about B rows of one layout, with a prompt per span in each."""
-        rows = len(prompts)
-        text, text_ids = self.encode_text(prompts)
-
-        def tile(array: np.ndarray) -> jax.Array:
-            return jnp.asarray(np.broadcast_to(array, (rows, *array.shape)))
-
-        return Condition(
-            positions=tile(layout.positions),
-            segment_ids=tile(layout.segment_ids),
-            prompt_ids=tile(layout.prompt_ids),
-            level_ids=tile(layout.level_ids),
-            given=tile(layout.given),
-            text=text,
-            text_ids=text_ids,
-        )
-
-    def encode_text(self, prompts: Sequence[Sequence[str]]) -> tuple[Float[Array, "B L E"], Int[Array, "B L"]]:
-        """Text embeddings of B rows of prompts and the `text_ids` by which the transformer reads them. Every prompt has
-        the tokenizer's `max_length` places in its row, whatever its length: one program for all prompts, and the same
-        numbers in any batch. Places that a prompt leaves empty are 0, and are read only by models trained to."""
-        tokenizer = self.folder.tokenizer
-        places = tokenizer.max_length
-        tokens = np.full((len(prompts), places * len(prompts[0])), tokenizer.pad_id, np.int32)
-        text_ids = np.zeros_like(tokens)
-        for b, row in enumerate(prompts):
-            for s, prompt in enumerate(row):
-                ids = tokenizer.encode(prompt)
-                where = slice(s * places, s * places + len(ids))
-                tokens[b, where], text_ids[b, where] = ids, s + 1
-        text = _encode_text(self._text_encoder, self.folder.text_encoder, tokens, text_ids, self.dtype)
-        if tokenizer.attends_padding:
-            text_ids = np.broadcast_to(
-                np.repeat(np.arange(1, len(prompts[0]) + 1, dtype=np.int32), places), tokens.shape
-            )
-        return text, jnp.asarray(text_ids)
-
-    def encode(self, video: UInt8[np.ndarray, "B T H W 3"]) -> Float[np.ndarray, "B F h w C"]:
-        """Normalised latents of videos (their posterior's mean), float32; streamed, so memory is flat in T."""
-        pixels = video.astype(np.float32) / 127.5 - 1.0
-        stream = encode_stream(self._autoencoder, self.folder.autoencoder, pixels)
-        latents = jnp.concatenate([posterior.mean for posterior in stream], axis=1)
-        return np.asarray(nnx.merge(self._autoencoder, self.folder.autoencoder).normalize(latents), np.float32)
-
-    def decode(
-        self,
-        latents: Float[np.ndarray, "B F h w C"] | Float[Array, "B F h w C"],
-        output: str = "uint8",
-        progress: Progress | None = None,
-    ) -> UInt8[np.ndarray, "B T H W 3"] | Float[np.ndarray, "B T H W 3"]:
-        """Frames of normalised latents; streamed latent by latent, so memory on the device is flat in duration."""
-        raw = nnx.merge(self._autoencoder, self.folder.autoencoder).denormalize(jnp.asarray(latents))
-        pieces = []
-        for done, piece in enumerate(decode_stream(self._autoencoder, self.folder.autoencoder, raw.astype(self.dtype))):
-            unit = np.clip((np.asarray(piece, np.float32) + 1.0) / 2.0, 0.0, 1.0)
-            pieces.append(np.round(unit * 255.0).astype(np.uint8) if output == "uint8" else unit)
-            if progress is not None:
-                progress("decode", done + 1, raw.shape[1])
-        return np.concatenate(pieces, axis=1)
-
-    def noise(self, seed: int, shape: tuple[int, ...]) -> Float[np.ndarray, "F h w C"]:
-        """The noise that `seed` draws for latents of `shape`: the same on any device and in any batch."""
-        if not 0 <= seed < 2**32:
-            raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, not {seed}")
-        return np.asarray(_draw_noise(np.uint32(seed), shape))
-
     # -------------------------------------------------------------------------------------------- canvas <-> tokens
 
     def _given_latents(self, one: Canvas, layout: Layout) -> Float[np.ndarray, "F h w C"]:
@@ -429,41 +309,6 @@ class Pipeline:
 
 
 # ------------------------------------------------------------------------------------------------ helpers
-
-
-def _refuse_other_names(options: Mapping[str, Any]) -> None:
-    """An option that is not ours is refused, with our name for what `diffusers` calls so."""
-    known = {*inspect.signature(Pipeline.sample).parameters, *inspect.signature(Pipeline.sample_canvases).parameters}
-    known -= {"self", "options", "drawn", "seeds"}
-    for name in options:
-        if name in DIFFUSERS_NAMES:
-            raise UserError(f"{name} is called `{DIFFUSERS_NAMES[name]}` here")
-        if name not in known:
-            raise UserError(f"sample has no option {name}: {nearest(name, known)}")
-
-
-def _structure(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.GraphDef:
-    """A module's structure, without making its parameters."""
-    return nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), graph=False)[0]
-
-
-def _make_velocity(graphdef: nnx.GraphDef, dtype: jnp.dtype, *, whole_times: bool) -> Velocity:
-    def velocity(params: Any, tokens: jax.Array, levels: jax.Array, condition: Condition) -> jax.Array:
-        return nnx.merge(graphdef, params)(tokens, model_time(levels, whole=whole_times), condition, dtype=dtype)
-
-    return velocity
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
-def _encode_text(
-    graphdef: nnx.GraphDef, params: Any, tokens: jax.Array, text_ids: jax.Array, dtype: jnp.dtype
-) -> jax.Array:
-    return nnx.merge(graphdef, params)(tokens, text_ids, dtype=dtype)
-
-
-@functools.partial(jax.jit, static_argnames=("shape",))
-def _draw_noise(seed: Any, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
 
 
 def _offset(progress: Progress | None, number: int, chunks: int) -> Progress | None:

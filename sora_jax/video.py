@@ -1,10 +1,8 @@
-"""What a model made, and how: the settings of sampling, and the video with its record."""
+"""What a model made: a video with its record, to save or to show."""
 
 from __future__ import annotations
 
 import base64
-import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,44 +10,11 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, UInt8
 
-from sora_jax.canvas import Canvas
-from sora_jax.diffusion.sampler import find_solver, level_schedule
 from sora_jax.errors import UserError
 from sora_jax.media import check_writable, media_bytes, write_media
 from sora_jax.record import Record
 
 SHOWN_HEIGHT = 256  # pixels of a video in a notebook, at least
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a video is sampled; refuses what no solver can do."""
-
-    steps: int
-    guidance: float
-    solver: str
-    shift: float
-    negative_prompt: str
-    guidance_low: float | None = None  # of the expert for low noise, where there are two
-
-    def __post_init__(self) -> None:
-        level_schedule(find_solver(self.solver), self.steps, self.shift)
-        for scale in (self.guidance, self.guidance_low or 0.0):
-            if not math.isfinite(scale):
-                raise UserError(f"guidance must be a finite number, not {scale}")
-
-    def record(self, canvas: Canvas, seed: int, model: str, fps: float, lora: dict[str, float]) -> Record:
-        return Record(
-            prompt=" | ".join(dict.fromkeys(canvas.prompts)),
-            seed=seed,
-            model=model,
-            frames=canvas.frames,
-            height=canvas.height,
-            width=canvas.width,
-            fps=fps,
-            lora=lora,
-            **dataclasses.asdict(self),
-        )
 
 
 @dataclass(frozen=True)

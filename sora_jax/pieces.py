@@ -1,0 +1,157 @@
+"""What a pipeline is made of, public piece by piece: text to embeddings, tokens to velocity, videos to latents and back
+(and seeds to noise)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, UInt8
+
+from sora_jax import runtime
+from sora_jax.canvas import Layout
+from sora_jax.diffusion.guidance import Velocity, classifier_free_guidance
+from sora_jax.errors import UserError
+from sora_jax.experts import Experts
+from sora_jax.models.autoencoder import Autoencoder, decode_stream, encode_stream
+from sora_jax.models.text_encoder import TextEncoder
+from sora_jax.models.transformer import Transformer, model_time
+from sora_jax.shapes import Condition
+from sora_jax.weights.layout import ModelFolder
+
+Progress = Callable[[str, int, int], None]
+"""`progress(stage, done, total)` after each step of "denoise" and each frame of "decode"."""
+
+
+class Pieces:
+    """A model's networks and parameters."""
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        name: str,
+        dtype: str = "auto",
+        mesh: Mesh | None = None,
+        lora: Mapping[str, float] | None = None,
+    ):
+        """`folder` has the adapters `lora` merged into it already; a video's record names them."""
+        self.lora = dict(lora or {})
+        self.folder = folder
+        self.name = name
+        self.mesh = mesh
+        self.dtype = runtime.compute_dtype(dtype, None if mesh is None else mesh.devices.ravel().tolist())
+        self.stride = folder.autoencoder_config.stride
+        self.patch = folder.transformer_config.patch
+        self.params = folder.transformer
+        self._experts = Experts(folder)
+        self._transformer = _structure(lambda rngs: Transformer(folder.transformer_config, rngs=rngs))
+        self._text_encoder = _structure(lambda rngs: TextEncoder(folder.text_encoder_config, rngs=rngs))
+        self._autoencoder = _structure(lambda rngs: Autoencoder(folder.autoencoder_config, rngs=rngs))
+        # One function object each for the life of the pipeline: compiled programs are kept by them.
+        self.velocity: Velocity = _make_velocity(self._transformer, self.dtype, whole_times=False)
+        whole = _make_velocity(self._transformer, self.dtype, whole_times=True)
+        self._velocities = {
+            (whole_times, guided): classifier_free_guidance(velocity) if guided else velocity
+            for whole_times, velocity in ((False, self.velocity), (True, whole))
+            for guided in (False, True)
+        }
+
+    def condition(self, layout: Layout, prompts: Sequence[Sequence[str]]) -> Condition:
+        """What the model is told about B rows of one layout, with a prompt per span in each."""
+        rows = len(prompts)
+        text, text_ids = self.encode_text(prompts)
+
+        def tile(array: np.ndarray) -> jax.Array:
+            return jnp.asarray(np.broadcast_to(array, (rows, *array.shape)))
+
+        return Condition(
+            positions=tile(layout.positions),
+            segment_ids=tile(layout.segment_ids),
+            prompt_ids=tile(layout.prompt_ids),
+            level_ids=tile(layout.level_ids),
+            given=tile(layout.given),
+            text=text,
+            text_ids=text_ids,
+        )
+
+    def encode_text(self, prompts: Sequence[Sequence[str]]) -> tuple[Float[Array, "B L E"], Int[Array, "B L"]]:
+        """Text embeddings of B rows of prompts and the `text_ids` by which the transformer reads them. Every prompt has
+        the tokenizer's `max_length` places in its row, whatever its length: one program for all prompts, and the same
+        numbers in any batch. Places that a prompt leaves empty are 0, and are read only by models trained to."""
+        tokenizer = self.folder.tokenizer
+        places = tokenizer.max_length
+        tokens = np.full((len(prompts), places * len(prompts[0])), tokenizer.pad_id, np.int32)
+        text_ids = np.zeros_like(tokens)
+        for b, row in enumerate(prompts):
+            for s, prompt in enumerate(row):
+                ids = tokenizer.encode(prompt)
+                where = slice(s * places, s * places + len(ids))
+                tokens[b, where], text_ids[b, where] = ids, s + 1
+        text = _encode_text(self._text_encoder, self.folder.text_encoder, tokens, text_ids, self.dtype)
+        if tokenizer.attends_padding:
+            text_ids = np.broadcast_to(
+                np.repeat(np.arange(1, len(prompts[0]) + 1, dtype=np.int32), places), tokens.shape
+            )
+        return text, jnp.asarray(text_ids)
+
+    def encode(self, video: UInt8[np.ndarray, "B T H W 3"]) -> Float[np.ndarray, "B F h w C"]:
+        """Normalised latents of videos (their posterior's mean), float32; streamed, so memory is flat in T."""
+        pixels = video.astype(np.float32) / 127.5 - 1.0
+        stream = encode_stream(self._autoencoder, self.folder.autoencoder, pixels)
+        latents = jnp.concatenate([posterior.mean for posterior in stream], axis=1)
+        return np.asarray(nnx.merge(self._autoencoder, self.folder.autoencoder).normalize(latents), np.float32)
+
+    def decode(
+        self,
+        latents: Float[np.ndarray, "B F h w C"] | Float[Array, "B F h w C"],
+        output: str = "uint8",
+        progress: Progress | None = None,
+    ) -> UInt8[np.ndarray, "B T H W 3"] | Float[np.ndarray, "B T H W 3"]:
+        """Frames of normalised latents; streamed latent by latent, so memory on the device is flat in duration."""
+        raw = nnx.merge(self._autoencoder, self.folder.autoencoder).denormalize(jnp.asarray(latents))
+        pieces = []
+        for done, piece in enumerate(decode_stream(self._autoencoder, self.folder.autoencoder, raw.astype(self.dtype))):
+            unit = np.clip((np.asarray(piece, np.float32) + 1.0) / 2.0, 0.0, 1.0)
+            pieces.append(np.round(unit * 255.0).astype(np.uint8) if output == "uint8" else unit)
+            if progress is not None:
+                progress("decode", done + 1, raw.shape[1])
+        return np.concatenate(pieces, axis=1)
+
+    def noise(self, seed: int, shape: tuple[int, ...]) -> Float[np.ndarray, "F h w C"]:
+        """The noise that `seed` draws for latents of `shape`: the same on any device and in any batch."""
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, not {seed}")
+        return np.asarray(_draw_noise(np.uint32(seed), shape))
+
+
+# ------------------------------------------------------------------------------------------------ compiled
+
+
+def _structure(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.GraphDef:
+    """A module's structure, without making its parameters."""
+    return nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), graph=False)[0]
+
+
+def _make_velocity(graphdef: nnx.GraphDef, dtype: jnp.dtype, *, whole_times: bool) -> Velocity:
+    def velocity(params: Any, tokens: jax.Array, levels: jax.Array, condition: Condition) -> jax.Array:
+        return nnx.merge(graphdef, params)(tokens, model_time(levels, whole=whole_times), condition, dtype=dtype)
+
+    return velocity
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+def _encode_text(
+    graphdef: nnx.GraphDef, params: Any, tokens: jax.Array, text_ids: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    return nnx.merge(graphdef, params)(tokens, text_ids, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("shape",))
+def _draw_noise(seed: Any, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
