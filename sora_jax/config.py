@@ -76,7 +76,8 @@ class TrainConfig:
     steps: int = 10_000
     batch_size: int = 64  # B: rows a step in the diffusion stage, clips a step in the autoencoder stage
     seed: int = 0
-    init: str = ""  # a model to start from: a shipped name, a folder or URL, or another workdir
+    init: str = ""  # a model to start from: a shipped name, a folder or URL, a hub name, or another workdir
+    learns: Literal["all", "transformer", "lora"] = "all"  # in the diffusion stage; what does not is kept as in `init`
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; parameters are float32
     ema: float = 0.999  # decay of the averaged parameters
     log_every: int = 50
@@ -96,6 +97,8 @@ class TrainConfig:
                 raise UserError(f"train.{name} must be >= 0 (0 = never), not {getattr(self, name)}")
         if not 0 <= self.ema < 1:
             raise UserError(f"train.ema must be in [0, 1), not {self.ema}")
+        if self.learns != "all" and not self.init:
+            raise UserError(f"train.learns={self.learns} keeps the rest of a model as it is: name it in train.init")
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class SampleConfig:
     steps: int = 30
     guidance: float = 4.0
     shift: float = 1.0
-    solver: Literal["euler", "heun", "unipc"] = "unipc"
+    solver: Literal["unipc", "dpmpp_2m", "euler", "heun"] = "unipc"
     frames: int = 17
     height: int = 64
     width: int = 64
@@ -127,6 +130,13 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        if (self.train.learns == "lora") != bool(self.transformer.lora_rank):
+            raise UserError(
+                f"train.learns={self.train.learns} and transformer.lora_rank={self.transformer.lora_rank}: adapters "
+                "that learn have a rank of at least 1, and others none"
+            )
 
 
 # What may differ between a run and its continuation: how long, how often, on which devices, and what is only shown.

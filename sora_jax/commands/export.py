@@ -20,7 +20,7 @@ EXAMPLES = """
     sora-jax export world gs://bucket/world --force
 """
 
-LAYOUTS = ("diffusers", "original")
+LAYOUTS = ("diffusers", "original", "lora")
 LISTED = ("figures", "licence", "words", "prompts")  # facts that the card shows in places of their own
 
 
@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layout",
         default="diffusers",
         metavar="LAYOUT",
-        help="diffusers (default), or original: the names that Wan's authors use, for models of that family",
+        help="diffusers (default); original: the names of Wan's authors, for models of that family; or lora: one file "
+        "of the adapters that a run has learned",
     )
     parser.add_argument(
         "--dtype",
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sora_jax.weights.original import save_original
 
     out = epath.Path(args.out)
+    if args.layout == "lora":
+        return _export_adapters(args, out)
     if (out / INDEX).exists() and not args.force:
         raise UserError(f"{args.out} holds a model; --force overwrites it")
     model = (
@@ -85,6 +88,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         print(f"{args.out}: {defaults.version}, {count(model) / 1e6:.1f} M parameters, {size / 1e6:.1f} MB")
     return {"path": args.out, "name": defaults.version, "parameters": count(model), "bytes": size}
+
+
+def _export_adapters(args: argparse.Namespace, out: Any) -> dict[str, Any]:
+    """The adapters of a run as one safetensors file."""
+    from etils import epath
+
+    from sora_jax.training.adapters import ADAPTERS
+    from sora_jax.training.pretrained import is_workdir, load_run
+    from sora_jax.weights.lora import save_lora
+
+    if not is_workdir(args.model):
+        raise UserError(f"{args.model} is not the workdir of a run: a model folder has no adapters apart")
+    if out.suffix != ".safetensors":
+        raise UserError(f"adapters are written as one file: {args.out} should end in .safetensors")
+    if out.exists() and not args.force:
+        raise UserError(f"{args.out} exists; --force overwrites it")
+    run = load_run(epath.Path(args.model))
+    if ADAPTERS not in run.params:
+        raise UserError(f"{args.model} has trained {', '.join(run.params)} and no adapters (train.learns=lora)")
+    save_lora(out, run.config.transformer, run.params[ADAPTERS], dtype=args.stored_dtype)
+    size = out.stat().length
+    if not args.json:
+        print(f"{args.out}: adapters of rank {run.config.transformer.lora_rank}, {size / 1e6:.1f} MB")
+    return {"path": args.out, "rank": run.config.transformer.lora_rank, "bytes": size}
 
 
 def _with_autoencoder(workdir: str, autoencoder: str) -> ModelFolder:

@@ -7,6 +7,7 @@ Norms and softmax compute in float32 whatever the dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +74,16 @@ def _matmul_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+class LowRank(NamedTuple):
+    """Adapters beside the kernels of a model (LoRA; Hu et al. 2021, arXiv:2106.09685): rank r, and alpha / r."""
+
+    rank: int
+    scale: float
+
+
 class Linear(nnx.Module):
-    """y = x W + b over the last axis, W `[in, out]`."""
+    """y = x W + b over the last axis, W `[in, out]`; with `low_rank`, x (W + scale A B) + b, A `[in, r]` random and B
+    `[r, out]` zero at first."""
 
     def __init__(
         self,
@@ -85,12 +94,21 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         bias: bool = True,
         init: Initializer = lecun_normal,
+        low_rank: LowRank | None = None,
     ):
         self.kernel = param(rngs, init, (n_in, n_out), axes)
         self.bias = param(rngs, zeros, (n_out,), axes[1:]) if bias else None
+        self.scale = 0.0
+        if low_rank is not None:
+            self.adapter_a = param(rngs, lecun_normal, (n_in, low_rank.rank), (axes[0], None))
+            self.adapter_b = param(rngs, zeros, (low_rank.rank, n_out), (None, axes[1]))
+            self.scale = low_rank.scale
 
     def __call__(self, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
         y = matmul(x, self.kernel[...].astype(x.dtype))
+        if self.scale:
+            narrow = matmul(x, self.adapter_a[...].astype(x.dtype))
+            y = y + self.scale * matmul(narrow, self.adapter_b[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -1,7 +1,8 @@
 """Text to token ids: the bytes of ByT5, which the world model reads, and the pieces of UMT5, which Wan reads.
 
 A tokenizer has `max_length`, `pad_id`, `vocab_size`, `encode`, and `attends_padding`: whether the places that a text
-leaves empty are read by the transformer, as zeros (Wan was trained so), or are not there at all.
+leaves empty are read by the transformer, as zeros (Wan was trained so), or are not there at all. `places` are the ids
+of all that is read, empty ones as `pad_id`, which no text makes.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ class ByteTokenizer:
                 f"{len(data) - self.max_length + 1}"
             )
         return [*(byte + self.first_byte for byte in data), self.eos_id]
+
+    def places(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the bytes among `ids`; a cut character becomes U+FFFD."""
@@ -124,6 +128,10 @@ class SubwordTokenizer:
                 f"{len(ids) - self.max_length}"
             )
         return list(ids)
+
+    def places(self, text: str) -> list[int]:
+        ids = self.encode(text)
+        return ids + [self.pad_id] * (self.max_length - len(ids))
 
     @classmethod
     def from_files(cls, definition: str, config: Mapping[str, Any]) -> SubwordTokenizer:

@@ -32,6 +32,7 @@ from sora_jax.models.layers import (
     UNROLLED,
     LayerNorm,
     Linear,
+    LowRank,
     RMSNorm,
     layer_norm,
     normal,
@@ -76,8 +77,12 @@ class TransformerConfig:
     max_positions: int = 1024  # per axis
     eps: float = 1e-6
     remat: str = "none"  # what the backward pass recomputes: one of REMAT
+    lora_rank: int = 0  # of low-rank adapters beside the kernels of attention and MLP; 0: none
+    lora_alpha: float = 0.0  # they are scaled by alpha / rank; 0: by 1
 
     def __post_init__(self) -> None:
+        if self.lora_rank < 0 or self.lora_alpha < 0:
+            raise UserError(f"lora_rank {self.lora_rank} and lora_alpha {self.lora_alpha} must be >= 0")
         if self.head_dim % 2 or self.head_dim < 6:
             raise UserError(f"head_dim {self.head_dim} cannot be made: it must be even and at least 6")
         if self.remat not in REMAT:
@@ -87,13 +92,28 @@ class TransformerConfig:
     def dim(self) -> int:
         return self.n_heads * self.head_dim
 
+    @property
+    def low_rank(self) -> LowRank | None:
+        if not self.lora_rank:
+            return None
+        return LowRank(self.lora_rank, (self.lora_alpha or self.lora_rank) / self.lora_rank)
+
 
 class MLP(nnx.Module):
     """Linear, GELU, Linear; `hidden` names the axis that tensor parallelism cuts."""
 
-    def __init__(self, n_in: int, n_hidden: int, n_out: int, *, act: Callable[[jax.Array], jax.Array], rngs: nnx.Rngs):
-        self.in_proj = Linear(n_in, n_hidden, ("embed", "mlp"), rngs=rngs)
-        self.out_proj = Linear(n_hidden, n_out, ("mlp", "embed"), rngs=rngs)
+    def __init__(
+        self,
+        n_in: int,
+        n_hidden: int,
+        n_out: int,
+        *,
+        act: Callable[[jax.Array], jax.Array],
+        rngs: nnx.Rngs,
+        low_rank: LowRank | None = None,
+    ):
+        self.in_proj = Linear(n_in, n_hidden, ("embed", "mlp"), rngs=rngs, low_rank=low_rank)
+        self.out_proj = Linear(n_hidden, n_out, ("mlp", "embed"), rngs=rngs, low_rank=low_rank)
         self.act = act
 
     def __call__(self, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
@@ -108,11 +128,11 @@ class Attention(nnx.Module):
     """Multi-head attention of `x` over `source`, with RMSNorm of queries and keys over the full width."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        dim = config.dim
-        self.q = Linear(dim, dim, ("embed", "qkv"), rngs=rngs)
-        self.k = Linear(dim, dim, ("embed", "qkv"), rngs=rngs)
-        self.v = Linear(dim, dim, ("embed", "qkv"), rngs=rngs)
-        self.out = Linear(dim, dim, ("qkv", "embed"), rngs=rngs)
+        dim, low_rank = config.dim, config.low_rank
+        self.q = Linear(dim, dim, ("embed", "qkv"), rngs=rngs, low_rank=low_rank)
+        self.k = Linear(dim, dim, ("embed", "qkv"), rngs=rngs, low_rank=low_rank)
+        self.v = Linear(dim, dim, ("embed", "qkv"), rngs=rngs, low_rank=low_rank)
+        self.out = Linear(dim, dim, ("qkv", "embed"), rngs=rngs, low_rank=low_rank)
         self.q_norm = RMSNorm(dim, "qkv", eps=config.eps, rngs=rngs)
         self.k_norm = RMSNorm(dim, "qkv", eps=config.eps, rngs=rngs)
         self.n_heads = config.n_heads
@@ -147,7 +167,7 @@ class Block(nnx.Module):
         self.self_attn = Attention(config, rngs=rngs)
         self.cross_norm = LayerNorm(dim, eps=config.eps, rngs=rngs)
         self.cross_attn = Attention(config, rngs=rngs)
-        self.ffn = MLP(dim, config.ffn_dim, dim, act=gelu_tanh, rngs=rngs)
+        self.ffn = MLP(dim, config.ffn_dim, dim, act=gelu_tanh, rngs=rngs, low_rank=config.low_rank)
         self.eps = config.eps
 
     def __call__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,9 +20,10 @@ from sora_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sora_jax.models.tokenizer import ByteTokenizer
 from sora_jax.models.transformer import Transformer, TransformerConfig
 from sora_jax.tokens.packing import PackedRows
+from sora_jax.training.adapters import ADAPTERS, split_adapters
 from sora_jax.training.diffusion_step import DiffusionModules, make_diffusion_step, make_diffusion_validation
 from sora_jax.training.encoding import encode_clips
-from sora_jax.training.pretrained import load_autoencoder
+from sora_jax.training.pretrained import load_autoencoder, load_kept, tokenizer_of
 from sora_jax.training.samples import diffusion_sampler
 from sora_jax.training.stage import Context, Stage, mean_over, parameters_of, structure_of
 
@@ -43,9 +45,9 @@ def diffusion_stage(context: Context) -> Stage:
             f"the latents in {folder} have {source.info.channels} channels and transformer.in_channels is "
             f"{transformer.in_channels}"
         )
-    tokenizer = ByteTokenizer()
+    tokenizer = tokenizer_of(config.train.init) if config.train.learns != "all" else ByteTokenizer()
     loader_options: dict[str, Any] = {
-        "tokenize": tokenizer.encode,
+        "tokenize": tokenizer.places,
         "row_tokens": data.row_tokens,
         "row_text": data.row_text,
         "row_groups": data.groups,
@@ -71,10 +73,17 @@ def diffusion_stage(context: Context) -> Stage:
 
     def make_params(key: jax.Array) -> dict[str, Any]:
         keys = jax.random.split(key)
+        whole = parameters_of(Transformer(transformer, rngs=nnx.Rngs(params=keys[0])))
+        if config.train.learns == "lora":
+            return {ADAPTERS: split_adapters(whole)[1]}
+        if config.train.learns == "transformer":
+            return {"transformer": whole}
         return {
-            "transformer": parameters_of(Transformer(transformer, rngs=nnx.Rngs(params=keys[0]))),
+            "transformer": whole,
             "text_encoder": parameters_of(TextEncoder(text_encoder, rngs=nnx.Rngs(params=keys[1]))),
         }
+
+    kept = load_kept(config, context.mesh, context.dtype)
 
     step = make_diffusion_step(
         modules,
@@ -87,19 +96,20 @@ def diffusion_stage(context: Context) -> Stage:
     validate = None
     if data.held_out:
         validate = mean_over(
-            make_diffusion_validation(modules, jax.random.key(0), dtype=context.dtype),
+            partial(make_diffusion_validation(modules, jax.random.key(0), dtype=context.dtype), kept=kept),
             _held_out_rows(LatentSource(folder, start=-data.held_out), context, loader_options),
         )
     rows = config.train.batch_size
     return Stage(
         make_params=make_params,
-        step=step,
+        step=partial(step, kept=kept),
         batches=_Packed(batches),
         describe=f"{rows} rows x {data.row_tokens} tokens from {len(source)} clips",
         tokens_per_step=rows * data.row_tokens,
         flops_per_step=3.0 * rows * diffusion_flops(transformer, text_encoder, data.row_tokens, data.row_text),
         validate=validate,
-        sample=diffusion_sampler(context, modules, tokenizer),
+        sample=diffusion_sampler(context, modules, tokenizer, kept),
+        kept=tuple(kept),
     )
 
 

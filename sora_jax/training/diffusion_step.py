@@ -2,13 +2,15 @@
 
     rows ── draw levels and what is given ── mix with noise ── text encoder, transformer ── velocity ── loss
 
-The text encoder is trained with the transformer where the config says so (the world model's), and frozen otherwise.
+What learns is in the state, and what does not is handed to each step beside it (`adapters.complete`): the text encoder
+learns with the world model, and is kept where an open model is tuned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,11 +24,13 @@ from sora_jax.diffusion.levels import Levels, LevelsConfig, draw_levels
 from sora_jax.models.transformer import model_time
 from sora_jax.shapes import Condition
 from sora_jax.tokens.packing import PackedRows
+from sora_jax.training.adapters import complete
 from sora_jax.training.state import TrainState, apply_gradients
 
-Step = Callable[[TrainState, PackedRows], tuple[TrainState, dict[str, Float[Array, ""]]]]
-Validate = Callable[[Mapping[str, Any], PackedRows], dict[str, Float[Array, ""]]]
+Step = Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]
+Validate = Callable[..., dict[str, Float[Array, ""]]]
 
+PAD = 0  # the id of an empty place, in ByT5 and UMT5 alike
 VALIDATION_LEVELS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
 
 
@@ -50,6 +54,15 @@ def condition_of(rows: PackedRows, text: Float[Array, "B L E"], given: Bool[Arra
     )
 
 
+def read_text(
+    modules: DiffusionModules, params: Mapping[str, Any], rows: PackedRows, dtype: jnp.dtype | type
+) -> Float[Array, "B L E"]:
+    """The embeddings of the texts of packed rows; 0 at the empty places that a text may have (`tokenizer.places`)."""
+    encoder = nnx.merge(modules.text_encoder, params["text_encoder"])
+    read = jnp.where(rows.text_tokens == PAD, 0, rows.text_ids)
+    return encoder(rows.text_tokens, read, dtype=dtype)
+
+
 def diffusion_loss(
     modules: DiffusionModules,
     params: Mapping[str, Any],
@@ -64,8 +77,7 @@ def diffusion_loss(
     given = spread(levels.given.astype(jnp.float32), rows.level_ids) > 0.5
     noisy = mix(clean, noise, sigma)
 
-    encoder = nnx.merge(modules.text_encoder, params["text_encoder"])
-    text = encoder(rows.text_tokens, rows.text_ids, dtype=dtype)
+    text = read_text(modules, params, rows, dtype)
     transformer = nnx.merge(modules.transformer, params["transformer"])
     velocity = transformer(noisy, model_time(levels.sigma), condition_of(rows, text, given), dtype=dtype)
     return flow_loss(velocity, velocity_target(clean, noise), ~given & (rows.segment_ids > 0))
@@ -80,13 +92,16 @@ def make_diffusion_step(
     ema_decay: float = 0.999,
     dtype: jnp.dtype | type = jnp.float32,
 ) -> Step:
-    """`step(state, rows) -> (state, metrics)`, jitted, with `state` donated.
+    """`step(state, rows, kept={}) -> (state, metrics)`, jitted, with `state` donated; `kept` are modules that do not
+    learn, by name.
 
     Randomness comes from `state.step_key()` alone, so a resumed run draws what the uninterrupted one would have drawn.
     Metrics: `loss`, and what `apply_gradients` reports.
     """
 
-    def step(state: TrainState, rows: PackedRows) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, rows: PackedRows, kept: Mapping[str, Any] = MappingProxyType({})
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         level_key, noise_key = jax.random.split(state.step_key())
         drawn = draw_levels(
             level_key,
@@ -98,7 +113,7 @@ def make_diffusion_step(
         )
         noise = jax.random.normal(noise_key, rows.tokens.shape, jnp.float32)
         loss, grads = jax.value_and_grad(
-            lambda params: diffusion_loss(modules, params, rows, drawn, noise, dtype=dtype)
+            lambda params: diffusion_loss(modules, complete(kept, params), rows, drawn, noise, dtype=dtype)
         )(state.params)
         state, metrics = apply_gradients(state, grads, loss, optimizer, clip_norm=clip_norm, ema_decay=ema_decay)
         return state, {"loss": loss, **metrics}
@@ -112,12 +127,16 @@ def make_diffusion_validation(
     levels: Sequence[float] = VALIDATION_LEVELS,
     dtype: jnp.dtype | type = jnp.float32,
 ) -> Validate:
-    """`validate(params, rows) -> {"loss": mean, "loss_0.05": ..., ...}`: the loss of text to video at fixed levels.
+    """`validate(params, rows, kept={}) -> {"loss": mean, "loss_0.05": ..., ...}`: the loss of text to video at fixed
+    levels.
 
     The noise of a level is the same at every call, and another for each level.
     """
 
-    def validate(params: Mapping[str, Any], rows: PackedRows) -> dict[str, jax.Array]:
+    def validate(
+        params: Mapping[str, Any], rows: PackedRows, kept: Mapping[str, Any] = MappingProxyType({})
+    ) -> dict[str, jax.Array]:
+        params = complete(kept, params)
         used = rows.group_segment > 0
 
         def at(index: jax.Array, level: jax.Array) -> jax.Array:

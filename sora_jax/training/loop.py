@@ -107,7 +107,10 @@ def train(
             loaded = load_modules(settings.init, shapes.params, mesh, may_differ=stage.may_start_anew)
             started = {name: nnx.merge_state(own, loaded.params.get(name, own)) for name, own in state.params.items()}
             state = state.replace(params=started, ema=jax.tree.map(jnp.copy, started))
-            say(f"starting from {', '.join(loaded.params)} of {settings.init}")
+            if loaded.params:
+                say(f"starting from {', '.join(loaded.params)} of {settings.init}")
+            if stage.kept:
+                say(f"keeping {', '.join(stage.kept)} of {settings.init} as they are")
             if loaded.left_out:
                 say(f"starting anew, in other shapes than its: {', '.join(loaded.left_out)}")
     else:

@@ -8,9 +8,11 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from sora_jax import config as configs
 from sora_jax import sharding
@@ -18,10 +20,13 @@ from sora_jax.config import Config
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sora_jax.models.text_encoder import TextEncoder
+from sora_jax.models.tokenizer import ByteTokenizer, Tokenizer
 from sora_jax.models.transformer import Transformer
+from sora_jax.training.adapters import ADAPTERS, split_adapters
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.text_step import Reader
 from sora_jax.weights.component import load_component
+from sora_jax.weights.layout import load_tokenizer
 from sora_jax.weights.shipped import find_model
 from sora_jax.weights.umt5 import TEXT_ENCODER
 from sora_jax.weights.wan import AUTOENCODER, TRANSFORMER
@@ -49,7 +54,34 @@ def abstract_modules(config: Config) -> dict[str, nnx.State]:
             make["reader"] = lambda: Reader(config.text_encoder.d_model, rngs=nnx.Rngs(0))
         else:
             make["transformer"] = lambda: Transformer(config.transformer, rngs=nnx.Rngs(0))
-    return {name: nnx.split(nnx.eval_shape(module), graph=False)[1] for name, module in make.items()}
+    shapes = {name: nnx.split(nnx.eval_shape(module), graph=False)[1] for name, module in make.items()}
+    if config.train.learns == "transformer":
+        del shapes["text_encoder"]
+    elif config.train.learns == "lora":
+        shapes = {ADAPTERS: split_adapters(shapes["transformer"])[1]}
+    return shapes
+
+
+def load_kept(config: Config, mesh: Mesh, dtype: jnp.dtype) -> dict[str, nnx.State]:
+    """The modules that do not learn in the diffusion stage of `config`, from `train.init`, in the dtype that
+    computes."""
+    if config.train.learns == "all":
+        return {}
+    make: dict[str, Callable[[], nnx.Module]] = {
+        "text_encoder": lambda: TextEncoder(config.text_encoder, rngs=nnx.Rngs(0))
+    }
+    if config.train.learns == "lora":
+        plain = dataclasses.replace(config.transformer, lora_rank=0)
+        make["transformer"] = lambda: Transformer(plain, rngs=nnx.Rngs(0))
+    shapes = {name: nnx.split(nnx.eval_shape(module), graph=False)[1] for name, module in make.items()}
+    return load_modules(config.train.init, shapes, mesh, dtype=dtype).params
+
+
+def tokenizer_of(name: str) -> Tokenizer:
+    """The tokenizer of the model or run `name`; of bytes without that model's limit, as rows have one of their own."""
+    path = find_pretrained(name)
+    tokenizer = ByteTokenizer() if is_workdir(path) else load_tokenizer(path / "tokenizer")
+    return ByteTokenizer() if isinstance(tokenizer, ByteTokenizer) else tokenizer
 
 
 def is_workdir(path: epath.PathLike) -> bool:
@@ -97,25 +129,32 @@ class Loaded(NamedTuple):
 
 
 def load_modules(
-    name: str, modules: Mapping[str, Any], mesh: Mesh | None = None, *, may_differ: Collection[str] = ()
+    name: str,
+    modules: Mapping[str, Any],
+    mesh: Mesh | None = None,
+    *,
+    may_differ: Collection[str] = (),
+    dtype: DTypeLike = jnp.float32,
 ) -> Loaded:
     """The parameters of these modules (given as shapes, by name) in the model or run `name`; refuses other shapes.
 
-    A run that has trained only some of them (a text encoder that can read) gives these; one that has none is refused.
-    Parts of a module named in `may_differ` are left out, each whole, where their shapes are not the same.
+    Adapters are never there: they begin anew. A run that has trained only some of the modules (a text encoder that can
+    read) gives these; one that has none is refused. Parts of a module named in `may_differ` are left out, each whole,
+    where their shapes are not the same.
     """
     path = find_pretrained(name)
+    modules = {module: shapes for module, shapes in modules.items() if module != ADAPTERS}
     loaded = load_run(path, mesh).params if is_workdir(path) else {}
-    if is_workdir(path) and not loaded.keys() & modules.keys():
+    if is_workdir(path) and modules and not loaded.keys() & modules.keys():
         raise UserError(f"{path} has trained {', '.join(loaded)} and no {' or '.join(modules)}")
     result, left_out = {}, []
     for module, shapes in modules.items():
         if is_workdir(path):
             if module not in loaded:
                 continue
-            params = loaded[module]
+            params = jax.tree.map(lambda leaf: leaf.astype(dtype), loaded[module])
         elif module in FOLDERS:
-            params = load_component(path / FOLDERS[module].folder, FOLDERS[module], mesh=mesh)[1]
+            params = load_component(path / FOLDERS[module].folder, FOLDERS[module], mesh=mesh, dtype=dtype)[1]
         else:  # the text stage's reader belongs to no model
             continue
         for part in may_differ:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,13 +16,14 @@ from sora_jax.diffusion.guidance import classifier_free_guidance, guided_conditi
 from sora_jax.diffusion.sampler import denoise, find_solver, level_schedule, schedule_table, start
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder
-from sora_jax.models.tokenizer import ByteTokenizer
+from sora_jax.models.tokenizer import Tokenizer
 from sora_jax.models.transformer import model_time
 from sora_jax.shapes import Condition, Extent, latent_extent, token_extent
 from sora_jax.tokens.packing import Clip, PackedRows, fill_rows
 from sora_jax.tokens.patchify import unpatchify
+from sora_jax.training.adapters import complete
 from sora_jax.training.autoencoder_step import MODULE
-from sora_jax.training.diffusion_step import DiffusionModules, condition_of
+from sora_jax.training.diffusion_step import DiffusionModules, condition_of, read_text
 from sora_jax.training.pretrained import load_autoencoder
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 Sample = Callable[[Any], list[np.ndarray]]
 
 
-def diffusion_sampler(context: Context, modules: DiffusionModules, tokenizer: ByteTokenizer) -> Sample | None:
+def diffusion_sampler(
+    context: Context, modules: DiffusionModules, tokenizer: Tokenizer, kept: Mapping[str, Any]
+) -> Sample | None:
     """`sample(params)` makes the videos of `config.sample.prompts`; None, with a line, when there is no autoencoder."""
     config = context.config.sample
     if not config.prompts or not context.config.train.sample_every:
@@ -46,7 +49,7 @@ def diffusion_sampler(context: Context, modules: DiffusionModules, tokenizer: By
     latents = latent_extent(Extent(config.frames, config.height, config.width), autoencoder_config.stride, patch)
     tokens = token_extent(latents, patch)
     empty = np.zeros((*latents, autoencoder_config.z_dim), np.float32)
-    texts = [np.asarray(tokenizer.encode(text), np.int32) for text in [*config.prompts, *[""] * len(config.prompts)]]
+    texts = [np.asarray(tokenizer.places(text), np.int32) for text in [*config.prompts, *[""] * len(config.prompts)]]
     length = max(map(len, texts))
     rows = [
         PackedRows(
@@ -76,7 +79,7 @@ def diffusion_sampler(context: Context, modules: DiffusionModules, tokenizer: By
 
     @jax.jit
     def read(params: Any, row: PackedRows) -> Condition:
-        text = nnx.merge(modules.text_encoder, params)(row.text_tokens, row.text_ids, dtype=context.dtype)
+        text = read_text(modules, params, row, context.dtype)
         return condition_of(row, text, jnp.zeros(row.segment_ids.shape, jnp.bool_))
 
     @jax.jit
@@ -86,9 +89,8 @@ def diffusion_sampler(context: Context, modules: DiffusionModules, tokenizer: By
         return jnp.round((video + 1.0) * 127.5).astype(jnp.uint8)
 
     def sample(params: Any) -> list[np.ndarray]:
-        condition = guided_condition(
-            read(params["text_encoder"], rows[0]), read(params["text_encoder"], rows[1]), scale
-        )
+        params = complete(kept, params)
+        condition = guided_condition(read(params, rows[0]), read(params, rows[1]), scale)
         state = start(solver, noise, noise, jnp.asarray(schedule[0]), condition.given, condition.level_ids)
         state = denoise(guided, params["transformer"], condition, state, jnp.asarray(schedule), solver=solver)
         return list(np.asarray(decode(autoencoder_params, state.tokens)))

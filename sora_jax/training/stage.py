@@ -59,6 +59,7 @@ class Stage:
     flops_per_step: float = 0.0  # forward and backward, by formula; 0 = not known
     validate: Callable[[Any], dict[str, jax.Array]] | None = None  # of params, usually the average
     sample: Callable[[Any], Videos] | None = None
+    kept: Collection[str] = ()  # modules that do not learn, and are as in `train.init`
     may_start_anew: Collection[str] = ()  # parts of a module that need not have the shapes of those in `train.init`
     describe_checkpoint: Callable[[Any], None] | None = None  # of the averages, before each checkpoint
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 from etils import epath
+from flax import nnx
 from jax.sharding import Mesh
 
 from sora_jax.config import Config
 from sora_jax.data.world.words import world_prompts, world_words
 from sora_jax.errors import UserError
+from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.tokenizer import ByteTokenizer
+from sora_jax.training.adapters import ADAPTERS, merge_adapters
 from sora_jax.training.encoding import autoencoder_hash
-from sora_jax.training.pretrained import load_autoencoder, load_run
+from sora_jax.training.pretrained import Run, find_pretrained, is_workdir, load_autoencoder, load_run
 from sora_jax.weights.defaults import SamplingDefaults, SchedulerDefaults
-from sora_jax.weights.layout import ModelFolder
+from sora_jax.weights.layout import ModelFolder, load_folder
 
 
 def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None, autoencoder: str = "") -> ModelFolder:
@@ -26,7 +30,7 @@ def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None, autoencoder: 
     """
     run = load_run(workdir, mesh)
     config = run.config
-    if "transformer" not in run.params:
+    if not run.params.keys() & {"transformer", ADAPTERS}:
         raise UserError(
             f"{workdir} has trained {' and '.join(run.params)} alone, which makes no videos: name a run of the "
             "diffusion stage"
@@ -40,6 +44,8 @@ def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None, autoencoder: 
                 f"{autoencoder} makes other latents than {config.data.autoencoder}, which {workdir} was trained on; "
                 "give one whose decoder alone was trained since (reconstruction.train_encoder=False)"
             )
+    if config.train.learns != "all":
+        return _tuned(run, mesh, workdir, autoencoder_config, autoencoder_params)
     sample = config.sample
     return ModelFolder(
         transformer_config=config.transformer,
@@ -61,6 +67,30 @@ def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None, autoencoder: 
             guidance=sample.guidance,
             card=facts_of_run(config, run.step, workdir),
         ),
+        path=workdir,
+    )
+
+
+def _tuned(
+    run: Run, mesh: Mesh | None, workdir: epath.Path, autoencoder_config: AutoencoderConfig, autoencoder: nnx.State
+) -> ModelFolder:
+    """The model that a run kept, with the transformer that the run has tuned."""
+    config = run.config
+    base = find_pretrained(config.train.init)
+    model = model_of_run(base, mesh=mesh) if is_workdir(base) else load_folder(base, mesh=mesh)
+    if config.train.learns == "lora":
+        transformer = merge_adapters(config.transformer, model.transformer, run.params[ADAPTERS])
+    else:
+        transformer = run.params["transformer"]
+    facts = {"tuned from": config.train.init, **facts_of_run(config, run.step, workdir)}
+    for of_base in ("words", "prompts"):  # its vocabulary has grown by words that are not known here
+        facts.pop(of_base, None)
+    return dataclasses.replace(
+        model,
+        transformer=transformer,
+        autoencoder_config=autoencoder_config,
+        autoencoder=autoencoder,
+        defaults=dataclasses.replace(model.defaults, version=f"{workdir.name}-{run.step}", card=facts),
         path=workdir,
     )
 

@@ -91,7 +91,7 @@ def load_folder(
         raise UserError(f"{path} is not a model folder: it has no {INDEX}")
     index = _read_index(path)
     # the small files first: what they have to say should not wait for gigabytes
-    tokenizer = _load_tokenizer(path / "tokenizer")
+    tokenizer = load_tokenizer(path / "tokenizer")
     scheduler = parse_json(path / "scheduler" / "scheduler_config.json", SchedulerDefaults.from_dict)
     defaults = parse_json(path / OURS, SamplingDefaults.from_dict) if (path / OURS).exists() else None
     (transformer_config, transformer), (autoencoder_config, autoencoder), (text_encoder_config, text_encoder) = (
@@ -147,7 +147,8 @@ def _read_index(path: epath.Path) -> _Index:
     return _Index(second is not None, boundary, bool(index.get("expand_timesteps")))
 
 
-def _load_tokenizer(folder: epath.Path) -> Tokenizer:
+def load_tokenizer(folder: epath.Path) -> Tokenizer:
+    """The tokenizer of a model folder, in its folder `tokenizer`."""
     values = read_json(folder / "tokenizer_config.json")
     if values.get("tokenizer_class") == "ByT5Tokenizer":
         return parse_json(folder / "tokenizer_config.json", ByteTokenizer.from_dict)

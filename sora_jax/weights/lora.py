@@ -7,6 +7,7 @@ read from the safetensors files that PEFT and `diffusers`, or tools with the Wan
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -19,9 +20,9 @@ from flax import nnx
 
 from sora_jax.errors import UserError
 from sora_jax.models.transformer import TransformerConfig
-from sora_jax.weights.component import abstract_params, match_rows
+from sora_jax.weights.component import SAVE_DTYPES, abstract_params, match_rows
 from sora_jax.weights.original import ORIGINAL_TRANSFORMER
-from sora_jax.weights.safetensors_io import StoredTensor, read_header, read_metadata, tensor_reader
+from sora_jax.weights.safetensors_io import StoredTensor, read_header, read_metadata, tensor_reader, write_tensors
 from sora_jax.weights.table import Family
 from sora_jax.weights.wan import TRANSFORMER
 
@@ -135,3 +136,35 @@ def merge_loras(config: TransformerConfig, params: nnx.State, loras: Mapping[str
             placed = jax.device_put(kernel.astype(array.dtype), getattr(array, "sharding", None))
             flat[where] = flat[where].replace(placed)
     return nnx.from_flat_state(list(flat.items()))
+
+
+def save_lora(path: epath.PathLike, config: TransformerConfig, adapters: nnx.State, *, dtype: str = "float32") -> None:
+    """Write adapters (`training.adapters`) as a file that PEFT and `diffusers` read; whole or not at all."""
+    path = epath.Path(path)
+    plain = dataclasses.replace(config, lora_rank=0, lora_alpha=0.0)
+    flat = {where: leaf.get_value() for where, leaf in nnx.to_flat_state(adapters)}
+    tensors: dict[str, np.ndarray] = {}
+    for module, target in targets(TRANSFORMER, plain).items():
+        for half, name in (("adapter_a", "lora_A"), ("adapter_b", "lora_B")):
+            if (where := (*target.path[:-1], half)) in flat:
+                array = np.asarray(flat[where])
+                tensors[f"transformer.{module}.{name}.weight"] = (
+                    array if target.layer is None else array[target.layer]
+                ).T
+    alpha = config.lora_alpha or config.lora_rank
+    modules = sorted({name.removeprefix("transformer.").rsplit(".lora_", 1)[0] for name in tensors})
+    noted = {
+        "transformer.r": config.lora_rank,
+        "transformer.lora_alpha": alpha,
+        "transformer.target_modules": modules,
+    }
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    metadata = {"lora_adapter_metadata": json.dumps(noted)}
+    partial = path.parent / f".{path.name}.partial"
+    try:
+        write_tensors(partial, shapes, SAVE_DTYPES[dtype], tensors.values(), metadata)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)

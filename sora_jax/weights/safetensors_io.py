@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
@@ -119,11 +120,17 @@ def tensor_reader() -> Iterator[Callable[[StoredTensor], np.ndarray]]:
 
 
 def write_tensors(
-    path: epath.Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, tensors: Iterable[np.ndarray]
+    path: epath.Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    tensors: Iterable[np.ndarray],
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write `tensors`, in the order and with the shapes of `shapes`, converted to `dtype`, as they come."""
+    """Write `tensors`, in the order and with the shapes of `shapes`, converted to `dtype`, as they come, and notes."""
     code = next(code for code, known in DTYPES.items() if known == dtype)
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it `transformers` refuses the file
+    entries: dict[str, Any] = {
+        "__metadata__": {"format": "pt", **metadata}
+    }  # without it `transformers` refuses the file
     offset = 0
     for name, shape in shapes.items():
         stop = offset + dtype.itemsize * int(np.prod(shape))

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from sora_jax import Pipeline
+from sora_jax.canvas import lay_out, text_to_video
 from sora_jax.errors import UserError
+from sora_jax.models.transformer import Transformer
+from sora_jax.shapes import Extent
+from sora_jax.tokens.patchify import patchify, unpatchify
+from sora_jax.training.adapters import merge_adapters, split_adapters
+from sora_jax.weights.lora import save_lora
 
 pytest.importorskip("peft", reason="peft is not installed")
 
@@ -76,3 +86,35 @@ def test_an_adapter_for_another_model_is_refused(tmp_path):
     weights = reference.save(reference.pipeline("t2v"), tmp_path / "model")
     with pytest.raises(UserError, match="is not a LoRA file"):
         Pipeline.load("world", lora=str(weights / "transformer" / "diffusion_pytorch_model.safetensors"))
+
+
+def test_the_reference_reads_the_adapters_that_we_write(tmp_path):
+    import reference
+    import torch
+
+    theirs = reference.pipeline("t2v")
+    pipe = Pipeline.load(reference.save(theirs, tmp_path / "model"), dtype="float32")
+    config = dataclasses.replace(pipe.folder.transformer_config, lora_rank=3, lora_alpha=1.5)
+    shapes = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))), graph=False)[1]
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(
+        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), split_adapters(shapes)[1]
+    )
+    save_lora(tmp_path / "ours.safetensors", config, adapters)
+    theirs.load_lora_weights(tmp_path, weight_name="ours.safetensors")
+
+    latents = rng.normal(size=(1, 2, 4, 4, 4)).astype(np.float32)
+    text = rng.normal(size=(1, 512, 24)).astype(np.float32)
+    with torch.no_grad():
+        expected = theirs.transformer(
+            torch.from_numpy(np.moveaxis(latents, -1, 1).copy()),
+            torch.full((1,), 500.0),
+            torch.from_numpy(text),
+            return_dict=False,
+        )[0]
+    layout = lay_out(text_to_video("", Extent(5, 32, 32)), pipe.stride, pipe.patch)
+    condition = dataclasses.replace(pipe.condition(layout, [["a"]]), text=jnp.asarray(text))
+    merged = merge_adapters(config, pipe.params, adapters)
+    ours = pipe.velocity(merged, jnp.asarray(patchify(latents, pipe.patch)), jnp.full((1, 2), 0.5), condition)
+    ours = np.moveaxis(unpatchify(np.asarray(ours), Extent(2, 4, 4), pipe.patch), -1, 1)
+    assert np.abs(ours - expected.numpy()).max() <= 1e-4 * expected.numpy().std()

@@ -1,0 +1,171 @@
+"""Tuning a model: the transformer alone, or adapters on it; what does not learn stays as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from quick_compile import quick_compile
+
+from sora_jax import cli, sharding
+from sora_jax.config import Config, from_dict, override
+from sora_jax.errors import UserError
+from sora_jax.models.transformer import Transformer, TransformerConfig
+from sora_jax.pipeline import Pipeline
+from sora_jax.training.adapters import complete, merge_adapters, split_adapters
+from sora_jax.training.loop import train
+from sora_jax.training.pretrained import load_run
+from sora_jax.weights.layout import load_folder
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One device, and little to compile."""
+    make_mesh = sharding.make_mesh
+    with pytest.MonkeyPatch.context() as patch, quick_compile(tmp_path_factory.mktemp("compiled")):
+        patch.setattr(sharding, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, devices or jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Of a run that tunes the tiny model's adapters, on latents that are made once."""
+    folder = load_folder(tiny_model)
+    t, e = folder.transformer_config, folder.text_encoder_config
+    config = from_dict(
+        {
+            "transformer": {
+                "n_layers": t.n_layers,
+                "n_heads": t.n_heads,
+                "head_dim": t.head_dim,
+                "ffn_dim": t.ffn_dim,
+                "in_channels": t.in_channels,
+                "out_channels": t.out_channels,
+                "patch": tuple(t.patch),
+                "text_dim": t.text_dim,
+                "frequency_dim": t.frequency_dim,
+                "lora_rank": 2,
+                "lora_alpha": 3.0,
+            },
+            "text_encoder": {
+                name: getattr(e, name) for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+            },
+            "data": {
+                "autoencoder": str(tiny_model),
+                "frames": 5,
+                "height": 16,
+                "width": 16,
+                "clips": 24,
+                "held_out": 4,
+                "row_tokens": 200,
+                "image_share": 0.0,
+            },
+            "optimizer": {"warmup_steps": 0, "learning_rate": 0.01, "weight_decay": 0.0},
+            "train": {
+                "init": str(tiny_model),
+                "learns": "lora",
+                "batch_size": 2,
+                "steps": 3,
+                "log_every": 1,
+                "validate_every": 3,
+                "sample_every": 0,
+                "checkpoint_every": 0,
+                "mesh": {"data": 1},
+            },
+        }
+    )
+    first = tmp_path_factory.mktemp("first") / "run"
+    train(override(config, ["train.steps=1"]), first, say=lambda line: None)
+    return override(config, [f"data.latents={first / 'latents'}"])
+
+
+def test_adapters_start_as_nothing_and_merged_they_do_what_they_did():
+    plain = TransformerConfig(
+        n_layers=2, n_heads=2, head_dim=6, ffn_dim=20, in_channels=3, out_channels=3, text_dim=8, frequency_dim=8
+    )
+    with_adapters = dataclasses.replace(plain, lora_rank=3, lora_alpha=6.0)
+    graphdef, params = nnx.split(Transformer(with_adapters, rngs=nnx.Rngs(0)), graph=False)
+    base, adapters = split_adapters(params)
+    rng = np.random.default_rng(0)
+    drawn = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 4, jnp.float32), adapters)
+    x = jnp.asarray(rng.normal(size=(2, 5, 12)), jnp.float32)
+
+    def first_layer(transformer: nnx.State, structure: nnx.GraphDef) -> jax.Array:
+        blocks = nnx.merge(structure, transformer).blocks
+        layers = nnx.split(blocks, graph=False)
+        return nnx.merge(layers[0], jax.tree.map(lambda leaf: leaf[0], layers[1])).ffn(x)
+
+    plain_graphdef, _ = nnx.split(Transformer(plain, rngs=nnx.Rngs(0)), graph=False)
+    before = first_layer(base, plain_graphdef)
+    kept = {"transformer": base}
+    untrained, live = (
+        first_layer(complete(kept, {"adapters": some})["transformer"], graphdef) for some in (adapters, drawn)
+    )
+    np.testing.assert_array_equal(untrained, before)
+    merged = first_layer(merge_adapters(with_adapters, base, drawn), plain_graphdef)
+    assert np.abs(live - before).max() > 0.1
+    np.testing.assert_allclose(live, merged, atol=1e-5 * float(np.std(live)))
+
+
+def test_a_run_of_adapters_leaves_the_model_and_hands_back_both(
+    config: Config, tiny_model: Path, tmp_path: Path, capsys
+):
+    said: list[str] = []
+    train(config, tmp_path / "run", say=said.append)
+    assert f"keeping text_encoder, transformer of {tiny_model} as they are" in said
+    run = load_run(tmp_path / "run")
+    assert set(run.params) == {"adapters"}
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(run.params["adapters"])), "B has left zero"
+
+    base = load_folder(tiny_model)
+    tuned = Pipeline.load(tmp_path / "run", dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, tuned.folder.text_encoder, base.text_encoder)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), tuned.folder.transformer, base.transformer)
+    assert min(jax.tree.leaves(moved["blocks"]["ffn"]["in_proj"]["kernel"])) > 0
+    assert max(jax.tree.leaves(moved["head"])) == 0
+
+    # the adapters alone, as a file, do the same to the model
+    capsys.readouterr()
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "a.safetensors"), "--layout", "lora"]) == 0
+    assert "adapters of rank 2" in capsys.readouterr().out
+    again = Pipeline.load(tiny_model, dtype="float32", lora=str(tmp_path / "a.safetensors"))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again.folder.transformer, tuned.folder.transformer
+    )
+    for target, says in (("a.safetensors", "exists; --force"), ("adapters", "should end in .safetensors")):
+        assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / target), "--layout", "lora"]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_the_transformer_alone_learns(config: Config, tiny_model: Path, tmp_path: Path):
+    only = override(config, ["train.learns=transformer", "transformer.lora_rank=0"])
+    said: list[str] = []
+    train(only, tmp_path / "run", say=said.append)
+    assert {f"starting from transformer of {tiny_model}", f"keeping text_encoder of {tiny_model} as they are"} <= set(
+        said
+    )
+    assert set(load_run(tmp_path / "run").params) == {"transformer"}
+    base, tuned = load_folder(tiny_model), Pipeline.load(tmp_path / "run", dtype="float32").folder
+    jax.tree.map(np.testing.assert_array_equal, tuned.text_encoder, base.text_encoder)
+    away = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), tuned.transformer, base.transformer)
+    assert 0 < max(jax.tree.leaves(away)) < 3.1 * only.optimizer.learning_rate
+    assert (tuned.scheduler, tuned.tokenizer) == (base.scheduler, base.tokenizer)
+
+
+def test_what_does_not_fit_together_is_refused(config: Config):
+    for changes, words in (
+        (["train.init="], "train.learns=lora keeps the rest of a model as it is: name it in train.init"),
+        (["transformer.lora_rank=0"], "adapters that learn have a rank of at least 1"),
+        (["train.learns=all"], "adapters that learn have a rank of at least 1, and others none"),
+        (["transformer.lora_rank=-1"], "must be >= 0"),
+    ):
+        with pytest.raises(UserError, match=words):
+            override(config, changes)
