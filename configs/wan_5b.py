@@ -17,6 +17,13 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
 
+    config.autoencoder = {  # the 2.2 form: stride 4x16x16
+        "base_dim": 160,
+        "decoder_base_dim": 256,
+        "z_dim": 48,
+        "is_residual": True,
+        "patch_size": 2,
+    }
     config.transformer = {
         "n_layers": 30,
         "n_heads": 24,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -12,22 +14,35 @@ from sora_jax import runtime
 from sora_jax.weights.layout import INDEX, ModelFolder, load_folder
 from sora_jax.weights.original import is_original, load_original
 from sora_jax.weights.shipped import find_model
+from sora_jax.weights.umt5 import TEXT_ENCODER
+from sora_jax.weights.wan import AUTOENCODER
+
+OFFLOADED = (TEXT_ENCODER.folder, AUTOENCODER.folder)  # what is needed before and after the steps, and not in them
 
 
 def load_model(
-    model: epath.PathLike, mesh: Mesh | None = None, dtype: str = "auto", lora: Mapping[str, float] | None = None
+    model: epath.PathLike,
+    mesh: Mesh | None = None,
+    dtype: str = "auto",
+    lora: Mapping[str, float] | None = None,
+    *,
+    offload: bool = False,
 ) -> tuple[ModelFolder, str]:
     """What `model` names, and how it calls itself. Arguments as those of `Pipeline.load`."""
     path = find_model(model)
     wanted = runtime.compute_dtype(dtype, None if mesh is None else mesh.devices.ravel().tolist())
+    on_host = OFFLOADED if offload else ()
     if (path / INDEX).exists():
-        folder = load_folder(path, mesh=mesh, dtype=wanted)
+        folder = load_folder(path, mesh=mesh, dtype=wanted, on_host=on_host)
     elif is_original(path):
-        folder = load_original(path, mesh=mesh, dtype=wanted)
+        folder = load_original(path, mesh=mesh, dtype=wanted, on_host=on_host)
     else:
         from sora_jax.training.trained import model_of_run  # all of training: slow to import, and rarely needed
 
         folder = model_of_run(path, mesh=mesh)
+        if offload:
+            hosted = {name: jax.tree.map(np.asarray, getattr(folder, name)) for name in ("text_encoder", "autoencoder")}
+            folder = dataclasses.replace(folder, **hosted)
     if lora:
         folder = with_loras(folder, lora)
     return folder, folder.defaults.version or path.name

@@ -18,7 +18,7 @@ from sora_jax import runtime
 from sora_jax.canvas import Layout
 from sora_jax.diffusion.guidance import Velocity, classifier_free_guidance
 from sora_jax.errors import UserError
-from sora_jax.experts import Experts
+from sora_jax.experts import Experts, on_devices
 from sora_jax.models.autoencoder import Autoencoder, decode_stream, encode_stream
 from sora_jax.models.text_encoder import TextEncoder
 from sora_jax.models.transformer import Transformer, model_time
@@ -49,7 +49,7 @@ class Pieces:
         self.stride = folder.autoencoder_config.stride
         self.patch = folder.transformer_config.patch
         self.params = folder.transformer
-        self._experts = Experts(folder)
+        self._experts = Experts(folder, mesh)
         self._transformer = _structure(lambda rngs: Transformer(folder.transformer_config, rngs=rngs))
         self._text_encoder = _structure(lambda rngs: TextEncoder(folder.text_encoder_config, rngs=rngs))
         self._autoencoder = _structure(lambda rngs: Autoencoder(folder.autoencoder_config, rngs=rngs))
@@ -93,7 +93,8 @@ class Pieces:
                 ids = tokenizer.encode(prompt)
                 where = slice(s * places, s * places + len(ids))
                 tokens[b, where], text_ids[b, where] = ids, s + 1
-        text = _encode_text(self._text_encoder, self.folder.text_encoder, tokens, text_ids, self.dtype)
+        params = on_devices(self.folder.text_encoder, self.mesh)
+        text = _encode_text(self._text_encoder, params, tokens, text_ids, self.dtype)
         if tokenizer.attends_padding:
             text_ids = np.broadcast_to(
                 np.repeat(np.arange(1, len(prompts[0]) + 1, dtype=np.int32), places), tokens.shape
@@ -103,7 +104,7 @@ class Pieces:
     def encode(self, video: UInt8[np.ndarray, "B T H W 3"]) -> Float[np.ndarray, "B F h w C"]:
         """Normalised latents of videos (their posterior's mean), float32; streamed, so memory is flat in T."""
         pixels = video.astype(np.float32) / 127.5 - 1.0
-        stream = encode_stream(self._autoencoder, self.folder.autoencoder, pixels)
+        stream = encode_stream(self._autoencoder, on_devices(self.folder.autoencoder, self.mesh), pixels)
         latents = jnp.concatenate([posterior.mean for posterior in stream], axis=1)
         return np.asarray(nnx.merge(self._autoencoder, self.folder.autoencoder).normalize(latents), np.float32)
 
@@ -116,7 +117,8 @@ class Pieces:
         """Frames of normalised latents; streamed latent by latent, so memory on the device is flat in duration."""
         raw = nnx.merge(self._autoencoder, self.folder.autoencoder).denormalize(jnp.asarray(latents))
         pieces = []
-        for done, piece in enumerate(decode_stream(self._autoencoder, self.folder.autoencoder, raw.astype(self.dtype))):
+        params = on_devices(self.folder.autoencoder, self.mesh)
+        for done, piece in enumerate(decode_stream(self._autoencoder, params, raw.astype(self.dtype))):
             unit = np.clip((np.asarray(piece, np.float32) + 1.0) / 2.0, 0.0, 1.0)
             pieces.append(np.round(unit * 255.0).astype(np.uint8) if output == "uint8" else unit)
             if progress is not None:

@@ -285,6 +285,17 @@ def test_two_experts_share_the_steps_at_the_boundary(pipe):
     np.testing.assert_array_equal(other.sample("a red ball", output="latents", steps=4).latents, split.latents)
 
 
+def test_offloaded_parts_make_the_same_video(pipe, tmp_path):
+    save_folder(tmp_path / "model", pipe.folder)
+    image = np.random.default_rng(1).integers(0, 255, (16, 24, 3), np.uint8)
+    ours = Pipeline.load(tmp_path / "model", dtype="float32", offload=True)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(ours.folder.text_encoder))
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(ours.folder.autoencoder))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(ours.folder.transformer))
+    made, expected = (one.sample("a red ball", image=image).frames for one in (ours, pipe))
+    np.testing.assert_array_equal(made, expected)
+
+
 def test_a_hub_name_says_what_it_takes(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as where the extra is not installed
     with pytest.raises(UserError, match=r"there is no folder nobody/nothing; .*sora-jax\[weights\]"):

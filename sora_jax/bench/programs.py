@@ -23,24 +23,27 @@ from sora_jax.models.text_encoder import TextEncoder
 from sora_jax.models.transformer import Transformer, model_time
 from sora_jax.shapes import Condition
 from sora_jax.tokens.packing import PackedRows
+from sora_jax.training.adapters import learning
 from sora_jax.training.diffusion_step import DiffusionModules, make_diffusion_step
 from sora_jax.training.optimizer import make_optimizer
+from sora_jax.training.stage import parameters_of, shapes_of, structure_of
 from sora_jax.training.state import TrainState, abstract_state, init_state, make_init
 
 
 @dataclass(frozen=True)
 class TrainingProgram:
-    """`step(state, rows)`, and the shapes and shardings of what it takes."""
+    """`step(state, rows, kept)`, and the shapes and shardings of what it takes."""
 
     step: Any
     mesh: Mesh
     state: TrainState
     rows: PackedRows
+    kept: dict[str, Any]  # modules that do not learn
     init: Any
 
     def compile(self) -> Any:
         with jax.set_mesh(self.mesh):
-            return self.step.lower(self.state, self.rows).compile()
+            return self.step.lower(self.state, self.rows, self.kept).compile()
 
     def start(self) -> TrainState:
         return init_state(self.init, jax.random.key(0), self.mesh)
@@ -49,17 +52,16 @@ class TrainingProgram:
 def training_program(config: Config, mesh: Mesh, dtype: jnp.dtype) -> TrainingProgram:
     """The diffusion train step of `config` on `mesh`: optimiser, clipping and average included."""
 
-    def modules(rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        return {
-            "transformer": Transformer(config.transformer, rngs=rngs),
-            "text_encoder": TextEncoder(config.text_encoder, rngs=rngs),
-        }
+    make = {
+        "transformer": lambda rngs: Transformer(config.transformer, rngs=rngs),
+        "text_encoder": lambda rngs: TextEncoder(config.text_encoder, rngs=rngs),
+    }
 
     def make_params(key: jax.Array) -> dict[str, Any]:
-        return {name: nnx.split(module, graph=False)[1] for name, module in modules(nnx.Rngs(params=key)).items()}
+        return learning(config, {name: parameters_of(build(nnx.Rngs(params=key))) for name, build in make.items()})[0]
 
-    abstract = nnx.eval_shape(lambda: modules(nnx.Rngs(0)))
-    structure = DiffusionModules(**{name: nnx.split(module, graph=False)[0] for name, module in abstract.items()})
+    structure = DiffusionModules(**{name: structure_of(build) for name, build in make.items()})
+    kept = learning(config, {name: shapes_of(build) for name, build in make.items()})[1]
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     init = make_init(make_params, optimizer)
     step = make_diffusion_step(
@@ -72,7 +74,14 @@ def training_program(config: Config, mesh: Mesh, dtype: jnp.dtype) -> TrainingPr
     )
     state = abstract_state(init, jax.random.key(0), mesh)
     batch = sharding.batch_sharding(mesh)
-    return TrainingProgram(step, mesh, state, jax.tree.map(lambda leaf: _placed(leaf, batch), full_rows(config)), init)
+    rows = jax.tree.map(lambda leaf: _placed(leaf, batch), full_rows(config))
+    return TrainingProgram(step, mesh, state, rows, placed_shapes(kept, mesh, dtype), init)
+
+
+def placed_shapes(params: Any, mesh: Mesh, dtype: jnp.dtype) -> Any:
+    """The shapes of parameters, in `dtype` and with their places on `mesh`."""
+    places = jax.tree.broadcast(sharding.param_shardings(params, mesh), params)
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place), params, places)
 
 
 def full_rows(config: Config, seed: int = 0) -> PackedRows:
@@ -104,7 +113,8 @@ def full_rows(config: Config, seed: int = 0) -> PackedRows:
 def compile_sampler_step(config: Config, mesh: Mesh, dtype: jnp.dtype, rows: int = 1) -> Any:
     """One guided solver step of `rows` videos, compiled for `mesh`; the batch lies over its data axes."""
     transformer, data, solver = config.transformer, config.data, find_solver(config.sample.solver)
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: Transformer(transformer, rngs=nnx.Rngs(0))), graph=False)
+    graphdef = structure_of(lambda rngs: Transformer(transformer, rngs=rngs))
+    params = shapes_of(lambda rngs: Transformer(transformer, rngs=rngs))
 
     def velocity(params: Any, tokens: jax.Array, levels: jax.Array, condition: Condition) -> jax.Array:
         return nnx.merge(graphdef, params)(tokens, model_time(levels, whole=solver.whole_times), condition, dtype=dtype)
@@ -129,7 +139,7 @@ def compile_sampler_step(config: Config, mesh: Mesh, dtype: jnp.dtype, rows: int
     channels = transformer.in_channels * patch.time * patch.height * patch.width
     with jax.set_mesh(mesh):
         lowered = jax.jit(step).lower(
-            jax.tree.map(_placed, params, jax.tree.broadcast(sharding.param_shardings(params, mesh), params)),
+            placed_shapes(params, mesh, dtype),
             jax.ShapeDtypeStruct((rows, N, channels), jnp.float32, sharding=place),
             {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place) for name, shape in shapes.items()},
             [jax.ShapeDtypeStruct((rows, L, transformer.text_dim), dtype, sharding=place)] * 2,

@@ -12,7 +12,7 @@ from types import ModuleType
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Make": ("sample", "export"),
-    "Train": ("train", "encode", "eval"),
+    "Train": ("plan", "train", "encode", "eval"),
     "Tools": ("devices", "bench"),
 }
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sora_jax.commands.flags import parse_mesh
 from sora_jax.errors import UserError, nearest
 from sora_jax.vocabulary import nearest_prompt, unknown_words
 
@@ -74,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--mesh", metavar="AXIS=N,...", help="spread the model over devices, say fsdp=4,sequence=2 (one device)"
     )
+    how.add_argument(
+        "--offload", action="store_true", help="keep text encoder and autoencoder on the host while the steps are made"
+    )
     files = parser.add_argument_group("files")
     files.add_argument(
         "-o",
@@ -109,7 +113,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--batch-size must be a whole number >= 1, not {args.batch_size}")
     if args.fps is not None and not 0 < args.fps <= 1000:
         raise UserError(f"--fps must lie in (0, 1000], not {args.fps:g}")
-    mesh = _mesh(args.mesh) if args.mesh else None
+    mesh = parse_mesh(args.mesh) if args.mesh else None
     given = _given_files(args, like)
     images: dict[str, Any] = {role: _read_image(file) for role, file in given.items()}
 
@@ -117,7 +121,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sora_jax.pipeline import Pipeline
 
     lora = _loras(args.lora) if args.lora else like.lora if like else None
-    pipe = Pipeline.load(args.model or (like.model if like else "world"), mesh=mesh, dtype=args.dtype, lora=lora)
+    model = args.model or (like.model if like else "world")
+    pipe = Pipeline.load(model, mesh=mesh, dtype=args.dtype, lora=lora, offload=args.offload)
     seconds = {"load": time.perf_counter() - started, "compile and sample": 0.0, "decode": 0.0, "write": 0.0}
     warn_of_unknown_words(jobs, pipe.name, pipe.folder.defaults.card)
     if "last_image" in images and not settings.keys() & {"frames", "seconds"}:
@@ -288,17 +293,6 @@ def _given_files(args: argparse.Namespace, like: Record | None) -> dict[str, str
     named = {"image": args.image, "last_image": args.last_image}
     files = {role: file or (like.given.get(role) if like else None) for role, file in named.items()}
     return {role: file for role, file in files.items() if file}
-
-
-def _mesh(text: str) -> dict[str, int]:
-    """The lengths of axes that "fsdp=4,sequence=2" names; which axes and devices there are is the mesh's to say."""
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        axis, equals, number = part.strip().partition("=")
-        if not (axis and equals and number.lstrip("-").isdecimal()):
-            raise UserError(f'--mesh takes AXIS=N,AXIS=N,..., say fsdp=4,sequence=2: "{part}" is no axis with a length')
-        sizes[axis] = int(number)
-    return sizes
 
 
 def _read_image(file: str) -> np.ndarray:

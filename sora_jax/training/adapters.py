@@ -7,12 +7,15 @@ pass. Adapters are those leaves of a transformer with `lora_rank` > 0 that one w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
 
 from sora_jax.models.transformer import TransformerConfig
+
+if TYPE_CHECKING:
+    from sora_jax.config import Config
 
 ADAPTERS = "adapters"  # their entry in `TrainState.params`
 _NAMES = ("adapter_a", "adapter_b")
@@ -25,6 +28,17 @@ def split_adapters(transformer: nnx.State) -> tuple[nnx.State, nnx.State]:
     for path, leaf in flat:
         parts[path[-1] in _NAMES].append((path, leaf))
     return nnx.from_flat_state(parts[0]), nnx.from_flat_state(parts[1])
+
+
+def learning(config: Config, modules: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the transformer and the text encoder (parameters or shapes): what learns by `train.learns`, as it is in
+    `TrainState.params`, and what is kept."""
+    if config.train.learns == "lora":
+        base, adapters = split_adapters(modules["transformer"])
+        return {ADAPTERS: adapters}, {"text_encoder": modules["text_encoder"], "transformer": base}
+    if config.train.learns == "transformer":
+        return {"transformer": modules["transformer"]}, {"text_encoder": modules["text_encoder"]}
+    return dict(modules), {}
 
 
 def complete(kept: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from sora_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sora_jax.models.tokenizer import ByteTokenizer
 from sora_jax.models.transformer import Transformer, TransformerConfig
 from sora_jax.tokens.packing import PackedRows
-from sora_jax.training.adapters import ADAPTERS, split_adapters
+from sora_jax.training.adapters import learning
 from sora_jax.training.diffusion_step import DiffusionModules, make_diffusion_step, make_diffusion_validation
 from sora_jax.training.encoding import encode_clips
 from sora_jax.training.pretrained import load_autoencoder, load_kept, tokenizer_of
@@ -73,15 +73,11 @@ def diffusion_stage(context: Context) -> Stage:
 
     def make_params(key: jax.Array) -> dict[str, Any]:
         keys = jax.random.split(key)
-        whole = parameters_of(Transformer(transformer, rngs=nnx.Rngs(params=keys[0])))
-        if config.train.learns == "lora":
-            return {ADAPTERS: split_adapters(whole)[1]}
-        if config.train.learns == "transformer":
-            return {"transformer": whole}
-        return {
-            "transformer": whole,
+        modules = {
+            "transformer": parameters_of(Transformer(transformer, rngs=nnx.Rngs(params=keys[0]))),
             "text_encoder": parameters_of(TextEncoder(text_encoder, rngs=nnx.Rngs(params=keys[1]))),
         }
+        return learning(config, modules)[0]
 
     kept = load_kept(config, context.mesh, context.dtype)
 

@@ -22,8 +22,9 @@ from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sora_jax.models.text_encoder import TextEncoder
 from sora_jax.models.tokenizer import ByteTokenizer, Tokenizer
 from sora_jax.models.transformer import Transformer
-from sora_jax.training.adapters import ADAPTERS, split_adapters
+from sora_jax.training.adapters import ADAPTERS, learning
 from sora_jax.training.checkpoint import Checkpoints
+from sora_jax.training.stage import shapes_of
 from sora_jax.training.text_step import Reader
 from sora_jax.weights.component import load_component
 from sora_jax.weights.layout import load_tokenizer
@@ -55,11 +56,7 @@ def abstract_modules(config: Config) -> dict[str, nnx.State]:
         else:
             make["transformer"] = lambda: Transformer(config.transformer, rngs=nnx.Rngs(0))
     shapes = {name: nnx.split(nnx.eval_shape(module), graph=False)[1] for name, module in make.items()}
-    if config.train.learns == "transformer":
-        del shapes["text_encoder"]
-    elif config.train.learns == "lora":
-        shapes = {ADAPTERS: split_adapters(shapes["transformer"])[1]}
-    return shapes
+    return learning(config, shapes)[0] if config.train.stage == "diffusion" else shapes
 
 
 def load_kept(config: Config, mesh: Mesh, dtype: jnp.dtype) -> dict[str, nnx.State]:
@@ -67,13 +64,11 @@ def load_kept(config: Config, mesh: Mesh, dtype: jnp.dtype) -> dict[str, nnx.Sta
     computes."""
     if config.train.learns == "all":
         return {}
-    make: dict[str, Callable[[], nnx.Module]] = {
-        "text_encoder": lambda: TextEncoder(config.text_encoder, rngs=nnx.Rngs(0))
+    modules = {
+        "transformer": shapes_of(lambda rngs: Transformer(config.transformer, rngs=rngs)),
+        "text_encoder": shapes_of(lambda rngs: TextEncoder(config.text_encoder, rngs=rngs)),
     }
-    if config.train.learns == "lora":
-        plain = dataclasses.replace(config.transformer, lora_rank=0)
-        make["transformer"] = lambda: Transformer(plain, rngs=nnx.Rngs(0))
-    shapes = {name: nnx.split(nnx.eval_shape(module), graph=False)[1] for name, module in make.items()}
+    shapes = learning(config, modules)[1]
     return load_modules(config.train.init, shapes, mesh, dtype=dtype).params
 
 

@@ -53,19 +53,26 @@ def match_rows(family: Family, config: Config, params: nnx.State) -> list[tuple[
 
 
 def load_component(
-    folder: epath.PathLike, family: Family, *, mesh: Mesh | None = None, dtype: DTypeLike | None = jnp.float32
+    folder: epath.PathLike,
+    family: Family,
+    *,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike | None = jnp.float32,
+    on_host: bool = False,
 ) -> tuple[Config, nnx.State]:
     """The config and parameters in `folder` (`config.json` and safetensors).
 
     Parameters are converted to `dtype` (None: as they are stored; those that the family keeps `wide` to float32) and
-    placed on `mesh` by their logical axes, or on the default device. All tensors are checked by name, shape and dtype
-    before the first is read; the first that is missing, unexpected, of the wrong shape or dtype, or cut off is a
-    `UserError` that names it.
+    placed on `mesh` by their logical axes, or on the default device; `on_host` they stay numpy arrays. All tensors are
+    checked by name, shape and dtype before the first is read; the first that is missing, unexpected, of the wrong shape
+    or dtype, or cut off is a `UserError` that names it.
     """
     folder = epath.Path(folder)
     config = read_config(folder / "config.json", family)
     file = folder / f"{family.stem}.safetensors"
-    return config, load_params(family, config, read_headers(folder, family.stem), file, mesh=mesh, dtype=dtype)
+    return config, load_params(
+        family, config, read_headers(folder, family.stem), file, mesh=mesh, dtype=dtype, on_host=on_host
+    )
 
 
 def load_params(
@@ -76,6 +83,7 @@ def load_params(
     *,
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = jnp.float32,
+    on_host: bool = False,
 ) -> nnx.State:
     """The parameters of `config` among the tensors `stored` in `file`, as `load_component` says."""
     params = abstract_params(family, config)
@@ -92,7 +100,7 @@ def load_params(
             for n, tensor in enumerate(tensors):
                 array[n if row.stacked else ...] = row.to_ours(read(tensor))
             _check_repeats(row, array, stored, read)
-            flat[path] = flat[path].replace(jax.device_put(array, shardings.get(path)))
+            flat[path] = flat[path].replace(array if on_host else jax.device_put(array, shardings.get(path)))
     return nnx.from_flat_state(list(flat.items()))
 
 

@@ -14,6 +14,7 @@ No torch is needed for either direction.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -80,9 +81,14 @@ class ModelFolder:
 
 
 def load_folder(
-    path: epath.PathLike, *, mesh: Mesh | None = None, dtype: DTypeLike | None = jnp.float32
+    path: epath.PathLike,
+    *,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike | None = jnp.float32,
+    on_host: Collection[str] = (),
 ) -> ModelFolder:
-    """Read a model folder; `mesh` and `dtype` as in `load_component`.
+    """Read a model folder; `mesh` and `dtype` as in `load_component`. Components named in `on_host` ("text_encoder",
+    "vae") stay there, and so do the transformers where there are two.
 
     Raises `UserError`, naming file and tensor, for anything in it that is missing, damaged or not supported.
     """
@@ -94,12 +100,14 @@ def load_folder(
     tokenizer = load_tokenizer(path / "tokenizer")
     scheduler = parse_json(path / "scheduler" / "scheduler_config.json", SchedulerDefaults.from_dict)
     defaults = parse_json(path / OURS, SamplingDefaults.from_dict) if (path / OURS).exists() else None
+    hosted = {*on_host, TRANSFORMER.folder} if index.two_experts else {*on_host}
     (transformer_config, transformer), (autoencoder_config, autoencoder), (text_encoder_config, text_encoder) = (
-        load_component(path / family.folder, family, mesh=mesh, dtype=dtype) for family in FAMILIES
+        load_component(path / family.folder, family, mesh=mesh, dtype=dtype, on_host=family.folder in hosted)
+        for family in FAMILIES
     )
     transformer_2 = None
     if index.two_experts:
-        config, transformer_2 = load_component(path / SECOND, TRANSFORMER, mesh=mesh, dtype=dtype)
+        config, transformer_2 = load_component(path / SECOND, TRANSFORMER, mesh=mesh, dtype=dtype, on_host=True)
         if config != transformer_config:
             raise UserError(f"{path}: transformer and transformer_2 have different configs")
     try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -205,8 +205,14 @@ def is_original(path: epath.Path) -> bool:
     return (path / CONFIG).exists() and read_json(path / CONFIG).get("_class_name") == "WanModel"
 
 
-def load_original(path: epath.Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None = jnp.float32) -> ModelFolder:
-    """A folder of the authors' files; `mesh` and `dtype` as in `load_component`. Raises `UserError` as it does."""
+def load_original(
+    path: epath.Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike | None = jnp.float32,
+    on_host: Collection[str] = (),
+) -> ModelFolder:
+    """A folder of the authors' files; arguments as those of `load_folder`. Raises `UserError` as it does."""
     folders = [path / name for name in EXPERTS] if (path / EXPERTS[0]).exists() else [path]
     configs = [parse_json(folder / CONFIG, read_config) for folder in folders]
     if configs[0] != configs[-1]:
@@ -223,7 +229,8 @@ def load_original(path: epath.Path, *, mesh: Mesh | None = None, dtype: DTypeLik
     text_config = text_encoder_config(text_tensors, text_file)
 
     def load(family: Family, config: Any, file: epath.Path, stored: Mapping[str, StoredTensor]) -> Any:
-        return load_params(family, config, stored, file, mesh=mesh, dtype=dtype)
+        kept = family.folder in on_host or (family.folder == TRANSFORMER.folder and len(folders) == 2)
+        return load_params(family, config, stored, file, mesh=mesh, dtype=dtype, on_host=kept)
 
     transformers = [
         load(ORIGINAL_TRANSFORMER, config, folder, read_headers(folder, TRANSFORMER.stem))
