@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from sora_jax import cli
 from sora_jax.commands import sample
@@ -93,6 +96,46 @@ def test_export_mistakes_are_one_line(tmp_path, capsys, tiny_model, flags, messa
     assert (code, out) == (2, "")
     assert message in err[-1]
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ verify-model
+
+
+def test_a_whole_model_is_verified(capsys, tiny_model):
+    code, out, _ = run(capsys, "verify-model", tiny_model)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[::2]] == ["transformer", "vae", "text_encoder"]
+    code, out, _ = run(capsys, "verify-model", "world", "--json")
+    assert code == 0
+    by_name = {one["component"]: one for one in json.loads(out)["components"]}
+    folder = Pipeline.load("world").folder
+    assert by_name["transformer"]["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(folder.transformer))
+    everything = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(folder.autoencoder)])
+    assert by_name["vae"]["largest"] == pytest.approx(np.abs(everything).max())
+    assert by_name["vae"]["deviation"] == pytest.approx(everything.std(), rel=1e-4)
+    assert by_name["vae"]["dtypes"] == ["BF16"]
+
+
+@pytest.mark.parametrize(
+    ("value", "why"), [(np.nan, "1 of .* numbers are not finite"), (5e4, "holds 5e"), (None, "is all zeros")]
+)
+def test_numbers_that_cannot_be_are_named(capsys, tiny_model, tmp_path, value, why):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    file = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = "blocks.1.attn1.to_q.weight"
+    if value is None:
+        tensors[name][:] = 0
+    else:
+        tensors[name][2, 3] = value
+    save_file(tensors, file)
+    code, _, err = run(capsys, "verify-model", tmp_path / "model")
+    assert code == 2
+    assert re.search(f"has 1 tensors .* transformer: {name} {why}", err[-1])
+    del tensors[name]
+    save_file(tensors, file)
+    code, _, err = run(capsys, "verify-model", tmp_path / "model")
+    assert (code, f'lacks tensor "{name}"' in err[-1]) == (2, True)
 
 
 # ---------------------------------------------------------------------------------------------------------- a run

@@ -13,11 +13,11 @@ from types import ModuleType
 GROUPS: dict[str, tuple[str, ...]] = {
     "Make": ("sample", "export"),
     "Train": ("plan", "train", "encode", "eval"),
-    "Tools": ("devices", "bench"),
+    "Tools": ("devices", "bench", "verify-model"),
 }
 
 NAMES = tuple(name for names in GROUPS.values() for name in names)
 
 
 def load(name: str) -> ModuleType:
-    return importlib.import_module(f"sora_jax.commands.{name}")
+    return importlib.import_module(f"sora_jax.commands.{name.replace('-', '_')}")

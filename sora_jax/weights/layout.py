@@ -95,7 +95,7 @@ def load_folder(
     path = epath.Path(path)
     if not (path / INDEX).exists():
         raise UserError(f"{path} is not a model folder: it has no {INDEX}")
-    index = _read_index(path)
+    index = read_index(path)
     # the small files first: what they have to say should not wait for gigabytes
     tokenizer = load_tokenizer(path / "tokenizer")
     scheduler = parse_json(path / "scheduler" / "scheduler_config.json", SchedulerDefaults.from_dict)
@@ -129,7 +129,7 @@ def load_folder(
         raise UserError(f"{path}: {error}") from None
 
 
-class _Index(NamedTuple):
+class Index(NamedTuple):
     """What model_index.json says beside the classes."""
 
     two_experts: bool
@@ -137,7 +137,8 @@ class _Index(NamedTuple):
     levels_per_token: bool
 
 
-def _read_index(path: epath.Path) -> _Index:
+def read_index(path: epath.Path) -> Index:
+    """Raises `UserError`, naming what is supported, for a pipeline or a component that is not."""
     index = read_json(path / INDEX)
     if (name := index.get("_class_name")) != "WanPipeline":
         raise UserError(f'{path / INDEX} describes a "{name}"; known: WanPipeline (text to video of Wan 2.1 and 2.2)')
@@ -152,7 +153,7 @@ def _read_index(path: epath.Path) -> _Index:
         raise UserError(
             f"{path / INDEX}: {SECOND} and boundary_ratio, the level it begins at, go together; one is missing"
         )
-    return _Index(second is not None, boundary, bool(index.get("expand_timesteps")))
+    return Index(second is not None, boundary, bool(index.get("expand_timesteps")))
 
 
 def load_tokenizer(folder: epath.Path) -> Tokenizer:

@@ -1,0 +1,112 @@
+"""A checkpoint read through once, on the host: are all tensors there, are their numbers numbers, and as many as
+published?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from sora_jax.errors import UserError
+from sora_jax.weights.component import abstract_params, check_tensors, match_rows, read_config
+from sora_jax.weights.layout import FAMILIES, INDEX, SECOND, read_index
+from sora_jax.weights.safetensors_io import StoredTensor, read_headers, tensor_reader
+from sora_jax.weights.table import Family
+from sora_jax.weights.wan import TRANSFORMER
+
+# Of the open models, exact (facts of the family): parameters of a transformer by layers and width.
+PUBLISHED = {(30, 1536): 1_418_996_800, (40, 5120): 14_288_491_584, (30, 3072): 4_999_787_712}
+WIDE = 1000.0  # no trained tensor of these families has numbers larger than some hundreds
+
+
+class Strange(NamedTuple):
+    """A tensor whose numbers cannot be a trained model's."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One component of a model folder."""
+
+    component: str
+    tensors: int
+    parameters: int
+    published: int | None  # where the sizes are an open model's
+    dtypes: tuple[str, ...]
+    largest: float  # absolute value
+    deviation: float  # of all numbers
+    sha256: str  # of all tensors, in the order of their names
+    strange: tuple[Strange, ...]
+
+
+def verify_folder(path: epath.Path, progress: Callable[[str, int, int], None] | None = None) -> list[Verdict]:
+    """Every component of a model folder, one tensor in memory at a time. Raises `UserError`, as loading does, for a
+    tensor that is missing, unexpected, cut off or of the wrong shape."""
+    if not (path / INDEX).exists():
+        raise UserError(f"{path} is not a model folder: it has no {INDEX}")
+    index = read_index(path)
+    parts = [(family, family.folder) for family in FAMILIES]
+    if index.two_experts:
+        parts.append((TRANSFORMER, SECOND))
+    return [_verify(path / folder, family, progress) for family, folder in parts]
+
+
+def _verify(folder: epath.Path, family: Family, progress: Callable[[str, int, int], None] | None) -> Verdict:
+    config = read_config(folder / "config.json", family)
+    params = abstract_params(family, config)
+    shapes = dict(nnx.to_flat_state(params))
+    stored = read_headers(folder, family.stem)
+    rows = match_rows(family, config, params)
+    check_tensors(folder / f"{family.stem}.safetensors", stored, [(row, shapes[path].shape) for path, row in rows])
+    digest = hashlib.sha256()
+    count, total, squares, largest = 0, 0.0, 0.0, 0.0
+    strange: list[Strange] = []
+    for done, (name, numbers, raw) in enumerate(_tensors(stored)):
+        digest.update(name.encode() + raw)
+        wide = numbers.astype(np.float32)
+        finite = np.isfinite(wide)
+        if not finite.all():
+            strange.append(Strange(name, f"{np.count_nonzero(~finite)} of {wide.size} numbers are not finite"))
+            wide = wide[finite]
+        top = float(np.abs(wide).max(initial=0.0))
+        if top > WIDE:
+            strange.append(Strange(name, f"holds {top:.3g}"))
+        elif wide.ndim > 1 and top == 0.0:
+            strange.append(Strange(name, "is all zeros"))
+        count += wide.size
+        total += float(wide.sum(dtype=np.float64))
+        squares += float((wide.astype(np.float64) ** 2).sum())
+        largest = max(largest, top)
+        if progress is not None:
+            progress(folder.name, done + 1, len(stored))
+    parameters = sum(leaf.size for leaf in shapes.values())
+    mean = total / max(count, 1)
+    return Verdict(
+        component=folder.name,
+        tensors=len(stored),
+        parameters=parameters,
+        published=_published(family, config),
+        dtypes=tuple(sorted({tensor.dtype for tensor in stored.values()})),
+        largest=largest,
+        deviation=float(np.sqrt(max(squares / max(count, 1) - mean**2, 0.0))),
+        sha256=digest.hexdigest(),
+        strange=tuple(strange),
+    )
+
+
+def _tensors(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, np.ndarray, bytes]]:
+    with tensor_reader() as read:
+        for name in sorted(stored):
+            tensor = read(stored[name])
+            yield name, tensor, tensor.tobytes()
+
+
+def _published(family: Family, config: Any) -> int | None:
+    return PUBLISHED.get((config.n_layers, config.dim)) if family is TRANSFORMER else None
