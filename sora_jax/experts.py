@@ -3,8 +3,6 @@ one at work is on the devices."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import numpy as np
 from flax import nnx
@@ -13,13 +11,6 @@ from jax.sharding import Mesh
 from sora_jax.models.transformer import MODEL_TIME
 from sora_jax.sharding import param_shardings
 from sora_jax.weights.layout import ModelFolder
-
-
-class Expert(NamedTuple):
-    """Parameters on the devices, and whether they are those for low noise."""
-
-    params: nnx.State
-    low: bool
 
 
 def on_devices(params: nnx.State, mesh: Mesh | None) -> nnx.State:
@@ -42,16 +33,21 @@ class Experts:
         if folder.transformer_2 is not None:
             high, low = (jax.tree.map(np.asarray, params) for params in (folder.transformer, folder.transformer_2))
             self._hosted = (high, low)
-        self._active: Expert | None = None
+        self._active: tuple[bool, nnx.State] | None = None
 
-    def at(self, level: float, *, whole_times: bool) -> Expert:
-        """The expert for `level`. As in the reference the boundary is compared with the model's time, which is the one
-        that the solver's grid has been shifted to and, where `whole_times`, cut to a whole number."""
-        if self._hosted is None or self._boundary is None:
-            return Expert(self._one, False)
+    def is_low(self, level: float, *, whole_times: bool) -> bool:
+        """Whether `level` is the second expert's. As in the reference the boundary is compared with the model's time:
+        that of the solver's shifted grid, cut to a whole number where `whole_times`."""
+        if self._boundary is None:
+            return False
         time = np.float32(level) * np.float32(MODEL_TIME)
-        low = bool((np.floor(time) if whole_times else time) < self._boundary * MODEL_TIME)
-        if self._active is None or self._active.low != low:
+        return bool((np.floor(time) if whole_times else time) < self._boundary * MODEL_TIME)
+
+    def params(self, low: bool) -> nnx.State:
+        """An expert's parameters, on the devices. Callers should not hold on to them: the other's take their place."""
+        if self._hosted is None:
+            return self._one
+        if self._active is None or self._active[0] != low:
             self._active = None  # its memory is free before the other's is taken
-            self._active = Expert(on_devices(self._hosted[low], self._mesh), low)
-        return self._active
+            self._active = (low, on_devices(self._hosted[low], self._mesh))
+        return self._active[1]

@@ -250,10 +250,12 @@ class Pipeline(Pieces):
         predicted: list[np.ndarray] = []
         for i in range(settings.steps):
             before = np.asarray(state.tokens) if trajectory else None
-            expert = self._experts.at(float(levels[i]), whole_times=solver.whole_times)
-            if guided and expert.low:
+            second = self._experts.is_low(float(levels[i]), whole_times=solver.whole_times)
+            if guided and second:
                 condition = dataclasses.replace(condition, scale=jnp.full((rows,), low, jnp.float32))
-            state = denoise(velocity, expert.params, condition, state, schedule[i : i + 2], solver=solver)
+            params = self._experts.params(second)
+            state = denoise(velocity, params, condition, state, schedule[i : i + 2], solver=solver)
+            del params
             if before is not None:
                 clean_now = _extrapolate(before, np.asarray(state.tokens), *levels[i : i + 2].tolist())
                 predicted.append(self._to_latents(clean_now, layout))

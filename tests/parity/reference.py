@@ -146,3 +146,9 @@ def save(model: Any, path: Path) -> Path:
     values = json.loads(config.read_text()) | {"tokenizer_class": "T5TokenizerFast"}
     config.write_text(json.dumps(values))
     return path
+
+
+def clean(prompt: str) -> str:
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    return prompt_clean(prompt)
