@@ -246,7 +246,7 @@ def _by_products_backward(
     else:
         (dx,) = jax.linear_transpose(
             lambda x: _shifted_sum(_tap_products(x, kernel, stride, padding), lead, x.shape[1]), x
-        )(dy.astype(jnp.float32))
+        )(dy.astype(jnp.promote_types(dy.dtype, jnp.float32)))
     late = jnp.concatenate([_shift(dy, lead - back, back) for back in reversed(range(taps))], axis=-1)
     axes = (0, 1, 2, 3)
     d_kernel = jnp.stack([layers.contract(strip, late, axes, axes) for strip in _strips(x, size, stride, padding)])
