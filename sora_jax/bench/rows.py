@@ -14,21 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from sora_jax.bench.timing import median_seconds
+
 PROMPT = "a red ball bounces on a blue floor"
-SPENT = 2.0  # seconds of repetitions, at least
-LEAST = 5  # repetitions, at least
-
-
-def median_seconds(work: Callable[[], object], *, warm: int = 1) -> float:
-    """The median time of `work`, which must have finished when it returns; the first `warm` calls do not count."""
-    for _ in range(warm):
-        work()
-    times: list[float] = []
-    while len(times) < LEAST or sum(times) < SPENT:
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
 
 
 def world_sampler_step(model: str) -> float:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import Any, NamedTuple
 
 from sora_jax.errors import UserError, nearest
@@ -29,17 +31,24 @@ ROWS = {
     "autoencoder-decode": "17 frames of 64x64 from their latents",
     "loader": "a clip from the latent cache into a packed row, one core",
     "world-render": "a clip of the world, 17 frames of 64x64 and its captions, one core",
+    "wan-transformer-forward": "4 layers of the 1.3B width over 4,680 tokens, float32",
+    "wan-train-step": "the same, with gradients and AdamW",
+    "wan-encode": "17 frames of 128x128 through the 2.1 autoencoder at base width 32, float32",
+    "wan-decode": "and back",
+    "umt5": "512 tokens through 4 layers of UMT5 at width 1024, float32",
 }
+# Those that the reference is timed at, too, where it is installed (extra parity).
+REFERENCED = ("wan-transformer-forward", "wan-train-step", "wan-encode", "wan-decode", "umt5")
+ROUNDS = 2  # of ours and the reference's in turn
 RATES = {"loader": "clips/s", "world-render": "clips/s", "world-train-step": "steps/s"}
 ONE_CORE = ("loader", "world-render")
 
-# Runs one row in a process of its own and prints its seconds last.
+# Runs one row in a process of its own and prints its seconds last: module, row, model, and whether on one core.
 CHILD = """
-import os, sys
-if sys.argv[3:] and hasattr(os, "sched_setaffinity"):
+import importlib, os, sys
+if sys.argv[4:] and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core
-from sora_jax.bench.rows import ROWS
-print(ROWS[sys.argv[1]](sys.argv[2]))
+print(importlib.import_module(sys.argv[1]).ROWS[sys.argv[2]](sys.argv[3]))
 """
 
 
@@ -59,15 +68,49 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     find_model(args.model)  # says at once that there is none
     rows = []
     for name in args.row or ROWS:
-        seconds, peak = measure(name, args.model)
+        if name in REFERENCED and (reference := reference_name()):
+            (seconds, peak), theirs = alternate(name, args.model)
+        else:
+            (seconds, peak), reference, theirs = measure(name, args.model), None, None
         # A row has a reference where another implementation of the same work was timed beside it.
         rows.append(
-            {"name": name, "seconds": seconds, "reference": None, "reference_seconds": None, "peak_bytes": peak}
+            {
+                "name": name,
+                "seconds": seconds,
+                "reference": reference,
+                "reference_seconds": theirs,
+                "peak_bytes": peak,
+            }
         )
         if not args.json:
             rate = f"{1 / seconds:10.1f} {RATES[name]}" if name in RATES else ""
-            print(f"{name:20} {seconds:10.4f} s {peak / 2**20:8.0f} MiB {rate:20} {ROWS[name]}", flush=True)
+            if theirs is not None:
+                rate = f"{theirs / seconds:10.2f} x the reference"
+            print(f"{name:24} {seconds:10.4f} s {peak / 2**20:8.0f} MiB {rate:28} {ROWS[name]}", flush=True)
     return {"rows": rows}
+
+
+def reference_name() -> str | None:
+    """The packages that are timed beside ours, with their versions; None where they are not installed."""
+    found = []
+    for package in ("diffusers", "transformers", "torch"):
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            return None
+    return ", ".join(found)
+
+
+def alternate(name: str, model: str) -> tuple[Cost, float]:
+    """Ours and the reference's, in processes of their own in turn: medians of both, so that a busy spell of the machine
+    falls on both."""
+    ours, theirs = [], []
+    for _ in range(ROUNDS):
+        ours.append(measure(name, model))
+        out, _ = _child([sys.executable, "-c", CHILD, "sora_jax.bench.reference", name, model])
+        theirs.append(float(out.split()[-1]))
+    seconds = statistics.median(cost.seconds for cost in ours)
+    return Cost(seconds, max(cost.peak_bytes for cost in ours)), statistics.median(theirs)
 
 
 class Cost(NamedTuple):
@@ -79,7 +122,9 @@ class Cost(NamedTuple):
 
 def measure(name: str, model: str) -> Cost:
     if not name.startswith("first-video"):
-        out, cost = _child([sys.executable, "-c", CHILD, name, model, *(["one core"] if name in ONE_CORE else [])])
+        module = "sora_jax.bench." + ("wan_rows" if name in REFERENCED else "rows")
+        one_core = ["one core"] if name in ONE_CORE else []
+        out, cost = _child([sys.executable, "-c", CHILD, module, name, model, *one_core])
         return Cost(float(out.split()[-1]), cost.peak_bytes)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "sora_jax", "sample", "a red ball bounces on a blue floor", "--model", model]
