@@ -16,6 +16,7 @@ EXAMPLES = """
     sora-jax eval --model world
     sora-jax eval --model runs/world --n 50 --steps 15
     sora-jax eval --model world --json > eval.json
+    sora-jax eval --model world --width 96 --n 100
     sora-jax eval --model world --suite reconstruction --n 64
     sora-jax eval --model world --suite reconstruction --source my_videos
 """
@@ -41,9 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, metavar="N", help="which prompts, and the first video's seed (0)"
     )
     parser.add_argument("--frames", type=int, metavar="T", help="of each video, 9 or more (the model's)")
+    parser.add_argument("--height", type=int, metavar="PIXELS", help="of each video (the model's)")
+    parser.add_argument("--width", type=int, metavar="PIXELS", help="of each video (the model's)")
     parser.add_argument("--steps", type=int, metavar="N", help="solver steps (the model's)")
     parser.add_argument("--guidance", type=float, metavar="W", help="how strongly the prompt is followed (the model's)")
-    parser.add_argument("--solver", metavar="NAME", help="euler, heun or unipc (the model's)")
+    parser.add_argument("--solver", metavar="NAME", help="unipc, dpmpp_2m, euler or heun (the model's)")
     parser.add_argument("--batch-size", type=int, default=20, metavar="N", help="videos at once (20)")
     parser.add_argument("--dtype", default="auto", metavar="DTYPE", help="auto, float32 or bfloat16")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
@@ -69,10 +72,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _world(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     from sora_jax.evaluation.suite import evaluate
 
-    frames = pipe.extent(args.frames).frames
+    frames = pipe.extent(args.frames, None, args.height, args.width).frames
     if frames < 9:
         raise UserError(f"motion cannot be judged in {frames} frames; ask for --frames 9 or more")
-    settings = {name: getattr(args, name) for name in ("frames", "steps", "guidance", "solver")}
+    names = ("frames", "height", "width", "steps", "guidance", "solver")
+    settings = {name: getattr(args, name) for name in names}
 
     def make(prompts: list[str], seeds: list[int]) -> np.ndarray:
         videos = pipe.sample(prompts, seed=seeds, batch_size=args.batch_size, **settings)
@@ -103,7 +107,7 @@ def _reconstruction(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 def _clips(pipe: Any, args: argparse.Namespace) -> Any:
     """A sequence of {"frames": uint8 [T, H, W, 3], ...} of the model's size."""
-    frames, height, width = pipe.extent()
+    frames, height, width = pipe.extent(args.frames, None, args.height, args.width)
     if args.source == "world":
         from sora_jax.data.world import WorldSource
 
