@@ -27,7 +27,7 @@ RULES: Mapping[str, tuple[str, ...] | str | None] = {
     "tokens": "sequence",
     "heads": "tensor",
     "frames": None,
-    "rows": None,
+    "rows": "sequence",  # of latents and pixels: convolutions exchange their borders
     "columns": None,
     # parameters
     "embed": "fsdp",

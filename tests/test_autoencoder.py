@@ -374,3 +374,31 @@ def test_posterior_samples_have_its_mean_and_variance():
     np.testing.assert_allclose(sample.std(0), [1.0, 0.5], rtol=0.03)
     # KL of N(m, s^2) from N(0, 1) is (m^2 + s^2 - 1) / 2 - log s: 0.5 and 1.625 + log 2.
     np.testing.assert_allclose(posterior.kl(), (0.5 + 1.625 + np.log(2.0)) / 2, rtol=1e-6)
+
+
+# --- over a mesh -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "rows"), [("2.1", 8), ("2.2", 6)]
+)  # of latents: four devices share 8 evenly, and not 6
+def test_rows_of_pixels_lie_over_the_sequence_axis(form: str, rows: int):
+    """Encode and decode, whole and in chunks, are what one device makes; none has the whole picture to convolve."""
+    graphdef, params = model(form)
+    stride = FORMS[form].stride
+    rng = np.random.default_rng(3)
+    z = jnp.asarray(rng.normal(size=(1, 3, rows, 2, FORMS[form].z_dim)), jnp.float32)
+    x = jnp.asarray(rng.uniform(-1, 1, (1, 9, rows * stride.height, 2 * stride.width, 3)), jnp.float32)
+    decoded, encoded = whole(form, "decode")(z), whole(form, "encode")(x).mean
+    with jax.set_mesh(sharding.make_mesh({"data": 2, "sequence": 4})):
+        decode = jax.jit(lambda params, z: nnx.merge(graphdef, params).decode(z))
+        encode = jax.jit(lambda params, x: nnx.merge(graphdef, params).encode(x).mean)
+        np.testing.assert_allclose(decode(params, z), decoded, atol=1e-5 * float(np.std(decoded)))
+        np.testing.assert_allclose(encode(params, x), encoded, atol=1e-5 * float(np.std(encoded)))
+        streamed = np.concatenate(list(decode_stream(graphdef, params, z, 1)), 1)
+        np.testing.assert_allclose(streamed, decoded, atol=1e-5 * float(np.std(decoded)))
+        if rows % 4 == 0:
+            assert decode(params, z).sharding.spec[2] == "sequence"
+            text = decode.lower(params, z).compile().as_text()
+            assert text.count("collective-permute") > text.count("all-gather"), "borders go round, and not pictures"
