@@ -205,6 +205,27 @@ def test_an_autoencoder_alone_is_no_model(capsys, tmp_path, workdir):
     assert "Traceback" not in "".join(err)
 
 
+def test_checkpoints_are_listed_and_every_byte_is_checked(capsys, workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "run")
+    code, out, _ = run(capsys, "checkpoint", "ls", tmp_path / "run", "--json")
+    (entry,) = json.loads(out)["checkpoints"]
+    files = [path for path in (tmp_path / "run" / "checkpoints" / str(entry["step"])).rglob("*") if path.is_file()]
+    assert (code, entry["bytes"]) == (0, sum(path.stat().st_size for path in files))
+    code, out, _ = run(capsys, "checkpoint", "verify", tmp_path / "run")
+    assert (code, out.split()[-1]) == (0, "good")
+    data = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    code, out, err = run(capsys, "checkpoint", "verify", tmp_path / "run")
+    assert code == 2
+    assert f"{data.name} has changed" in out
+    assert "1 of 1 checkpoints" in err[-1]
+    for flags, says in ((("lst", workdir), 'did you mean "ls"'), (("ls", tmp_path), "is not the workdir of a run")):
+        code, _, err = run(capsys, "checkpoint", *flags)
+        assert (code, says in err[-1]) == (2, True)
+
+
 # ---------------------------------------------------------------------------------------------------------- eval, bench
 
 

@@ -13,7 +13,7 @@ from types import ModuleType
 GROUPS: dict[str, tuple[str, ...]] = {
     "Make": ("sample", "export"),
     "Train": ("plan", "train", "encode", "eval"),
-    "Tools": ("devices", "bench", "verify-model"),
+    "Tools": ("devices", "bench", "checkpoint", "verify-model"),
 }
 
 NAMES = tuple(name for names in GROUPS.values() for name in names)

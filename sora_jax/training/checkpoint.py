@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -123,6 +123,10 @@ class Checkpoints:
         self._manager.reload()
         return sorted(self._manager.all_steps())
 
+    def size(self, step: int) -> int:
+        """Bytes of all files of a step."""
+        return sum(path.stat().length for path in _files(self.folder / str(step)))
+
     def notes(self, step: int) -> dict[str, Any]:
         return self._manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))["notes"]
 
@@ -146,7 +150,7 @@ class Checkpoints:
         """
         steps = self.steps()
         for step in reversed(steps):
-            if not (fault := self._fault(step)):
+            if not (fault := self.fault(step)):
                 return step
             self._say(f"checkpoint {step} is damaged ({fault}); going back to the one before")
         if steps:
@@ -195,8 +199,8 @@ class Checkpoints:
             multihost_utils.sync_global_devices("damaged checkpoints set aside")
         self._manager.reload()
 
-    def _fault(self, step: int) -> str:
-        """What is wrong with the files of a step; empty when nothing is."""
+    def fault(self, step: int) -> str:
+        """What is wrong with the files of a step, every byte of them read; empty when nothing is."""
         folder = self.folder / str(step)
         try:
             expected = json.loads((folder / MANIFEST).read_text())
@@ -211,20 +215,26 @@ class Checkpoints:
         return ""
 
 
-def _hashes(folder: epath.Path) -> dict[str, str]:
-    """SHA-256 of each file under `folder`, by its relative path."""
-    hashes = {}
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
     pending = [folder]
     while pending:
         for path in pending.pop().iterdir():
             if path.is_dir():
                 pending.append(path)
-            elif path.name not in _UNHASHED:
-                with path.open("rb") as file:
-                    digest = hashlib.sha256()
-                    while block := file.read(1 << 22):
-                        digest.update(block)
-                hashes[str(path.relative_to(folder))] = digest.hexdigest()
+            else:
+                yield path
+
+
+def _hashes(folder: epath.Path) -> dict[str, str]:
+    """SHA-256 of each file under `folder`, by its relative path."""
+    hashes = {}
+    for path in _files(folder):
+        if path.name not in _UNHASHED:
+            with path.open("rb") as file:
+                digest = hashlib.sha256()
+                while block := file.read(1 << 22):
+                    digest.update(block)
+            hashes[str(path.relative_to(folder))] = digest.hexdigest()
     return hashes
 
 
