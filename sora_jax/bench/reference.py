@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sora_jax.bench.timing import median_seconds
-from sora_jax.bench.wan_rows import AUTOENCODER, LATENTS, LAYERS, LEAST, TEXT, UMT5, VIDEO
+from sora_jax.bench.wan_rows import LATENTS, LAYERS, LEAST, SMALL, TEXT, UMT5, VIDEO
 
 
 def _transformer() -> tuple[Any, Any]:
@@ -47,7 +47,7 @@ def wan_train_step(model: str) -> float:
 def _autoencoder() -> Any:
     import diffusers
 
-    return diffusers.AutoencoderKLWan(**AUTOENCODER)
+    return diffusers.AutoencoderKLWan(**SMALL)
 
 
 def wan_encode(model: str) -> float:
@@ -63,7 +63,7 @@ def wan_decode(model: str) -> float:
     import torch
 
     del model
-    network, x = _autoencoder(), torch.randn(1, AUTOENCODER["z_dim"], 5, 16, 16)
+    network, x = _autoencoder(), torch.randn(1, SMALL["z_dim"], 5, 16, 16)
     with torch.no_grad():
         return median_seconds(lambda: network.decode(x), least=LEAST)
 

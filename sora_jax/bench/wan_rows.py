@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,19 +14,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from flax import nnx
 
 from sora_jax.bench.timing import median_seconds
 from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sora_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+from sora_jax.models.tokenizer import ByteTokenizer
 from sora_jax.models.transformer import Transformer, TransformerConfig
 from sora_jax.shapes import Condition, Extent
 from sora_jax.tokens.patchify import token_positions
+from sora_jax.weights.component import abstract_params, config_header, match_rows
+from sora_jax.weights.defaults import SchedulerDefaults
+from sora_jax.weights.files import write_json
+from sora_jax.weights.layout import FAMILIES, INDEX
+from sora_jax.weights.safetensors_io import write_tensors
+from sora_jax.weights.umt5 import TEXT_ENCODER
+from sora_jax.weights.wan import AUTOENCODER, TRANSFORMER
 
 LAYERS = 4
 LATENTS = (3, 60, 104)  # F, h, w: 4,680 tokens of 1 x 2 x 2
 TEXT = 512
-AUTOENCODER: dict[str, Any] = {"base_dim": 32, "z_dim": 16}
+SMALL: dict[str, Any] = {"base_dim": 32, "z_dim": 16}  # of the autoencoder
 VIDEO = (1, 17, 128, 128, 3)
 UMT5: dict[str, Any] = {
     "vocab_size": 32_000,
@@ -97,7 +108,7 @@ def wan_train_step(model: str) -> float:
 
 
 def _autoencoder(method: str, shape: tuple[int, ...]) -> float:
-    graphdef, params = _random(lambda rngs: Autoencoder(AutoencoderConfig(**AUTOENCODER), rngs=rngs))
+    graphdef, params = _random(lambda rngs: Autoencoder(AutoencoderConfig(**SMALL), rngs=rngs))
     x = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32))
     run = jax.jit(lambda params, x: getattr(nnx.merge(graphdef, params), method)(x))
     return median_seconds(lambda: jax.block_until_ready(run(params, x)), least=LEAST)
@@ -110,7 +121,7 @@ def wan_encode(model: str) -> float:
 
 def wan_decode(model: str) -> float:
     del model
-    return _autoencoder("decode", (1, 5, 16, 16, AUTOENCODER["z_dim"]))
+    return _autoencoder("decode", (1, 5, 16, 16, SMALL["z_dim"]))
 
 
 def umt5(model: str) -> float:
@@ -121,7 +132,45 @@ def umt5(model: str) -> float:
     return median_seconds(lambda: jax.block_until_ready(run(params, ids)), least=LEAST)
 
 
+def wan_load(model: str) -> float:
+    """A folder of the full 1.3B with UMT5-XXL in bfloat16 (random, 15 GB), loaded by `Pipeline.load`."""
+    from sora_jax.pipeline import Pipeline
+
+    del model
+    with tempfile.TemporaryDirectory() as folder:
+        _write_random_model(epath.Path(folder) / "model")
+        began = time.perf_counter()
+        pipe = Pipeline.load(epath.Path(folder) / "model", dtype="bfloat16")
+        jax.block_until_ready((pipe.folder.transformer, pipe.folder.text_encoder, pipe.folder.autoencoder))
+        return time.perf_counter() - began
+
+
+def _write_random_model(path: epath.Path) -> None:
+    """Tensor by tensor, so that writing needs less memory than loading."""
+    tile = (0.02 * np.random.default_rng(0).standard_normal(1 << 20)).astype(jnp.bfloat16)
+    for family, config in (
+        (TRANSFORMER, TransformerConfig()),
+        (AUTOENCODER, AutoencoderConfig()),
+        (TEXT_ENCODER, TextEncoderConfig()),
+    ):
+        folder = path / family.folder
+        folder.mkdir(parents=True)
+        params = abstract_params(family, config)
+        shapes = {where: leaf.shape for where, leaf in nnx.to_flat_state(params)}
+        rows = match_rows(family, config, params)
+        tensors = {key: row.their_shape(shapes[where]) for where, row in rows for key in row.keys(shapes[where])}
+        filled = (np.resize(tile, shape) for shape in tensors.values())
+        write_tensors(folder / f"{family.stem}.safetensors", tensors, tile.dtype, filled)
+        write_json(folder / "config.json", config_header(family, "bfloat16") | family.write_config(config))
+    for name, values in (("tokenizer", ByteTokenizer().to_dict()), ("scheduler", SchedulerDefaults().to_dict())):
+        (path / name).mkdir()
+        write_json(path / name / f"{name}_config.json", values)
+    classes = {family.folder: [family.library, family.name] for family in FAMILIES}
+    write_json(path / INDEX, {"_class_name": "WanPipeline", **classes})
+
+
 ROWS: dict[str, Callable[[str], float]] = {
+    "wan-load": wan_load,
     "wan-transformer-forward": wan_transformer_forward,
     "wan-train-step": wan_train_step,
     "wan-encode": wan_encode,
