@@ -15,7 +15,7 @@ from jax.test_util import check_grads
 
 from sora_jax import sharding
 from sora_jax.errors import UserError
-from sora_jax.models import autoencoder_blocks, causal_conv
+from sora_jax.models import autoencoder_blocks, causal_conv, convolution
 from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig, Posterior, decode_stream, encode_stream
 from sora_jax.shapes import Stride
 
@@ -250,14 +250,14 @@ def test_causal_convolution_is_the_direct_sum(form: str, frames: int):
     x, kernel = rng.normal(size=(2, frames, 4, 5, 3)), rng.normal(size=(3, 3, 3, 3, 4))
     expected = direct_causal_conv(x, kernel)
     x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
-    conv = by_products if form == "by_products" else getattr(causal_conv, form)
+    conv = by_products if form == "by_products" else getattr(convolution, form)
     np.testing.assert_allclose(conv(x, kernel, 0), expected, atol=1e-4)
     if frames > 2:  # the first two frames as past: the rest is as before
         np.testing.assert_allclose(conv(x, kernel, 2), expected[:, 2:], atol=1e-4)
 
 
 def by_products(x: jax.Array, kernel: jax.Array, lead: int) -> jax.Array:
-    return causal_conv.conv_by_products(x, kernel, lead, 1, ((1, 1), (1, 1)))
+    return convolution.conv_by_products(x, kernel, lead, 1, ((1, 1), (1, 1)))
 
 
 @pytest.mark.parametrize(("frames", "lead"), [(1, 0), (2, 0), (5, 0), (3, 2), (6, 2)])
@@ -271,10 +271,10 @@ def test_all_forms_of_the_convolution_have_one_gradient(frames: int, lead: int):
         arrays = jnp.asarray(x), jnp.asarray(kernel)
         return jax.grad(lambda x, k: jnp.sum(conv(x, k) * weight), argnums=(0, 1))(*arrays)
 
-    native = gradients(lambda x, k: causal_conv.conv_3d(x, k, lead))
-    forms = [gradients(lambda x, k, f=form: f(x, k, lead)) for form in (causal_conv.conv_2d_sum, by_products)]
+    native = gradients(lambda x, k: convolution.conv_3d(x, k, lead))
+    forms = [gradients(lambda x, k, f=form: f(x, k, lead)) for form in (convolution.conv_2d_sum, by_products)]
     if not lead:
-        forms.append(gradients(causal_conv.causal_conv))
+        forms.append(gradients(convolution.causal_conv))
     for ours in forms:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, native)
 
@@ -285,26 +285,26 @@ def test_a_convolution_of_frames_has_the_gradient_of_finite_differences(stride: 
     x, kernel = rng.normal(size=(1, 2, 4, 6, 2)), rng.normal(size=(3, 3, 2, 2))
     with jax.enable_x64(True):
         arrays = jnp.asarray(x), jnp.asarray(kernel)
-        check_grads(jax.jit(lambda x, k: causal_conv.conv_frames(x, k, stride, padding)), arrays, 1, ["rev"])
+        check_grads(jax.jit(lambda x, k: convolution.conv_frames(x, k, stride, padding)), arrays, 1, ["rev"])
 
         def products(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            return causal_conv.conv_by_products(x, kernel[None], 0, stride, padding)
+            return convolution.conv_by_products(x, kernel[None], 0, stride, padding)
 
-        np.testing.assert_allclose(products(*arrays), causal_conv.conv_frames(*arrays, stride, padding), atol=1e-9)
+        np.testing.assert_allclose(products(*arrays), convolution.conv_frames(*arrays, stride, padding), atol=1e-9)
         check_grads(jax.jit(products), arrays, 1, ["rev"])
 
 
 @pytest.mark.parametrize(("platform", "axes"), [("cpu", 4), ("tpu", 5), ("cuda", 5)])
 def test_the_platform_compiled_for_chooses_the_convolution(platform: str, axes: int):
     x, kernel = jnp.zeros((1, 4, 4, 4, 2)), jnp.zeros((3, 3, 3, 2, 2))
-    text = jax.jit(causal_conv.causal_conv).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+    text = jax.jit(convolution.causal_conv).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
     convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
     assert len(convolutions) == (3 if platform == "cpu" else 1)
     assert all(line.split("-> tensor<")[1].count("x") == axes for line in convolutions)
 
 
 @pytest.mark.parametrize(
-    "conv", [causal_conv.causal_conv, lambda x, k: causal_conv.conv_frames(x, k[0], 2, ((0, 1),) * 2)]
+    "conv", [convolution.causal_conv, lambda x, k: convolution.conv_frames(x, k[0], 2, ((0, 1),) * 2)]
 )
 def test_bfloat16_on_a_cpu_is_computed_by_products_with_float32_sums(conv):
     rng = np.random.default_rng(0)
