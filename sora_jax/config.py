@@ -1,8 +1,9 @@
 """Configs: Python files that become one frozen tree of dataclasses.
 
 A config file defines `get_config()` and returns an `ml_collections.ConfigDict` with (some of) the sections of `Config`;
-what it leaves out keeps its default. It is found by name (`world`) among the configs that ship with the package, or by
-path. Single values are then set by dotted key, `train.steps=1000`, and take the type of what they replace.
+what it leaves out keeps its default, or is as in the config that it names in `BASE`. It is found by name (`world`)
+among the configs that ship with the package, or by path. Single values are then set by dotted key, `train.steps=1000`,
+and take the type of what they replace.
 
     config = load_config("world", ["train.steps=1000", "optimizer.name=adamw"])
 
@@ -195,7 +196,18 @@ def _read_file(path: epath.Path) -> dict[str, Any]:
         raise UserError(f"config {path} defines no get_config()") from None
     except Exception as error:
         raise UserError(f"config {path} cannot be read: {type(error).__name__}: {error}") from error
-    return values
+    if "BASE" not in namespace:
+        return values
+    base = _find(namespace["BASE"])
+    if base == path:
+        raise UserError(f"config {path} names itself as its BASE")
+    return _over(_read_file(base), values)
+
+
+def _over(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `values` in place of its own, section by section."""
+    nested = {name: _over(base[name], value) for name, value in values.items() if isinstance(base.get(name), dict)}
+    return {**base, **values, **nested}
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:

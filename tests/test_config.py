@@ -20,6 +20,25 @@ def test_shipped_configs_load_and_say_how_they_are_run(name: str):
     assert f"--config {name} " in configs.shipped_configs()[name].read_text().split('"""')[1]
 
 
+def test_a_config_may_change_another(tmp_path: Path):
+    text = "import ml_collections\nBASE = {!r}\n"
+    text += (
+        "def get_config():\n    return ml_collections.ConfigDict({{'train': {{'steps': 7}}, 'data': {{'fps': 4.0}}}})\n"
+    )
+    (tmp_path / "mine.py").write_text(text.format("world"))
+    changed = configs.load_config(str(tmp_path / "mine.py"))
+    assert configs.difference(configs.load_config("world"), changed) == [
+        "data.fps: 8.0 -> 4.0",
+        "train.steps: 5000 -> 7",
+    ]
+    (tmp_path / "mine.py").write_text(text.format("wrold"))
+    with pytest.raises(UserError, match='unknown config "wrold": did you mean "world"'):
+        configs.load_config(str(tmp_path / "mine.py"))
+    (tmp_path / "mine.py").write_text(text.format(str(tmp_path / "mine.py")))
+    with pytest.raises(UserError, match="names itself as its BASE"):
+        configs.load_config(str(tmp_path / "mine.py"))
+
+
 def test_shipped_configs_import_nothing_of_the_package():
     for path in configs.shipped_configs().values():
         assert "sora_jax" not in path.read_text().split('"""', 2)[2]
