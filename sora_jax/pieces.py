@@ -20,6 +20,7 @@ from sora_jax.diffusion.guidance import Velocity, classifier_free_guidance
 from sora_jax.errors import UserError
 from sora_jax.experts import Experts, on_devices
 from sora_jax.models.autoencoder import Autoencoder, decode_stream, encode_stream
+from sora_jax.models.structure import structure_of
 from sora_jax.models.text_encoder import TextEncoder
 from sora_jax.models.transformer import Transformer, model_time
 from sora_jax.shapes import Condition
@@ -50,9 +51,9 @@ class Pieces:
         self.patch = folder.transformer_config.patch
         self.params = folder.transformer
         self._experts = Experts(folder, mesh)
-        self._transformer = _structure(lambda rngs: Transformer(folder.transformer_config, rngs=rngs))
-        self._text_encoder = _structure(lambda rngs: TextEncoder(folder.text_encoder_config, rngs=rngs))
-        self._autoencoder = _structure(lambda rngs: Autoencoder(folder.autoencoder_config, rngs=rngs))
+        self._transformer = structure_of(lambda rngs: Transformer(folder.transformer_config, rngs=rngs))
+        self._text_encoder = structure_of(lambda rngs: TextEncoder(folder.text_encoder_config, rngs=rngs))
+        self._autoencoder = structure_of(lambda rngs: Autoencoder(folder.autoencoder_config, rngs=rngs))
         # One function object each for the life of the pipeline: compiled programs are kept by them.
         self.velocity: Velocity = _make_velocity(self._transformer, self.dtype, whole_times=False)
         whole = _make_velocity(self._transformer, self.dtype, whole_times=True)
@@ -133,11 +134,6 @@ class Pieces:
 
 
 # ------------------------------------------------------------------------------------------------ compiled
-
-
-def _structure(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.GraphDef:
-    """A module's structure, without making its parameters."""
-    return nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), graph=False)[0]
 
 
 def _make_velocity(graphdef: nnx.GraphDef, dtype: jnp.dtype, *, whole_times: bool) -> Velocity:

@@ -37,6 +37,19 @@ def one_device_mesh() -> jax.sharding.Mesh:
     return make_mesh({"data": 1}, jax.devices()[:1])
 
 
+@pytest.fixture(scope="module")
+def quick_training(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One device, and little to compile."""
+    from quick_compile import quick_compile
+
+    from sora_jax import sharding
+
+    make_mesh = sharding.make_mesh
+    with pytest.MonkeyPatch.context() as patch, quick_compile(tmp_path_factory.mktemp("compiled")):
+        patch.setattr(sharding, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, devices or jax.devices()[:1]))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model of the world model's form, tiny and with random weights: 5 frames of 16x16, 8 fps."""

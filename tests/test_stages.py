@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -13,9 +12,7 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
-from quick_compile import quick_compile
 
-from sora_jax import sharding
 from sora_jax.config import Config, from_dict, override
 from sora_jax.data.latents import LatentSource
 from sora_jax.data.world import WorldSource, is_heldout, sample_scenes
@@ -30,6 +27,8 @@ from sora_jax.training.pretrained import load_autoencoder, load_modules, load_ru
 from sora_jax.training.samples import film_strips, grid
 from sora_jax.training.trained import model_of_run
 
+pytestmark = pytest.mark.usefixtures("quick_training")
+
 AUTOENCODER = {
     "base_dim": 4,
     "z_dim": 8,
@@ -42,15 +41,6 @@ AUTOENCODER = {
 DATA = {"frames": 5, "height": 16, "width": 16, "clips": 40, "held_out": 4, "row_tokens": 12, "row_text": 160}
 TRAIN = {"batch_size": 2, "steps": 2, "log_every": 1, "validate_every": 2, "sample_every": 2, "checkpoint_every": 0}
 TRAIN |= {"mesh": {"data": 1}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One device, and little to compile."""
-    make_mesh = sharding.make_mesh
-    with pytest.MonkeyPatch.context() as patch, quick_compile(tmp_path_factory.mktemp("compiled")):
-        patch.setattr(sharding, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, devices or jax.devices()[:1]))
-        yield
 
 
 def lines(workdir: Path) -> list[dict]:
@@ -73,7 +63,7 @@ def autoencoder_config() -> Config:
 
 
 @pytest.fixture(scope="module")
-def autoencoder_run(autoencoder_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def autoencoder_run(autoencoder_config: Config, quick_training: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("autoencoder") / "run"
     train(autoencoder_config, workdir, say=lambda line: None)
     return workdir

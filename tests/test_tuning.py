@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -11,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from quick_compile import quick_compile
 
-from sora_jax import cli, sharding
+from sora_jax import cli
 from sora_jax.config import Config, from_dict, override
 from sora_jax.errors import UserError
 from sora_jax.models.transformer import Transformer, TransformerConfig
@@ -23,20 +21,11 @@ from sora_jax.training.loop import train
 from sora_jax.training.pretrained import load_run
 from sora_jax.weights.layout import load_folder
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One device, and little to compile."""
-    make_mesh = sharding.make_mesh
-    with pytest.MonkeyPatch.context() as patch, quick_compile(tmp_path_factory.mktemp("compiled")):
-        patch.setattr(sharding, "make_mesh", lambda sizes, devices=None: make_mesh(sizes, devices or jax.devices()[:1]))
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_training")]
 
 
 @pytest.fixture(scope="module")
-def config(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+def config(tiny_model: Path, quick_training: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Of a run that tunes the tiny model's adapters, on latents that are made once."""
     folder = load_folder(tiny_model)
     t, e = folder.transformer_config, folder.text_encoder_config

@@ -20,20 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sora_jax.bench.programs import TrainingProgram, compile_sampler_step, peak_bytes, training_program
+from sora_jax.bench.programs import TrainingProgram, compile_sampler_step, peak_bytes, placed_shapes, training_program
 from sora_jax.config import Config
 from sora_jax.errors import UserError, nearest
-from sora_jax.models.text_encoder import TextEncoder
+from sora_jax.models.structure import shapes_of
+from sora_jax.models.transformer import Transformer
 from sora_jax.runtime import compute_dtype
 from sora_jax.shapes import Extent, Stride, latent_extent, token_extent
 from sora_jax.sharding import make_mesh
+from sora_jax.training.adapters import networks
 from sora_jax.training.diffusion_stage import diffusion_flops
-from sora_jax.training.stage import shapes_of
 
 GIB = 2**30
-HEADROOM = (
-    0.08  # of a device's memory, for what is not counted: fragmentation, the loader's next batch, buffers of links
-)
+# Of a device's memory, for what is not counted: fragmentation, the loader's next batch, buffers of links.
+HEADROOM = 0.08
 
 # Memory of one JAX device, GiB, and the grids that product names stand for.
 HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
@@ -60,6 +60,7 @@ class Plan:
 
     program: str
     target: str
+    method: str  # "compiled", "reckoned", or "refused": the compiler would not, for want of memory
     mesh: dict[str, int]
     parameters: int  # of the transformer
     devices: int
@@ -147,7 +148,7 @@ def plan_training(config: Config, target: Target, mesh_sizes: Mapping[str, int])
     data, rows = config.data, config.train.batch_size
     if rows % (shards := mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(f"{rows} rows cannot be split over data x fsdp = {shards} devices: give --batch-size")
-    dtype = jnp.dtype(jnp.bfloat16) if target.name != "local" else compute_dtype("auto", list(mesh.devices.ravel()))
+    dtype = _dtype(target)
     program = training_program(config, mesh, dtype)
     parts = {
         "weights": _bytes_per_device(program.state.params),
@@ -175,7 +176,7 @@ def plan_sampling(
 ) -> Plan:
     """A guided solver step of `rows` videos, beside the text encoder unless that is offloaded, all in bfloat16."""
     mesh = _mesh(target, mesh_sizes)
-    dtype = jnp.dtype(jnp.bfloat16) if target.name != "local" else compute_dtype("auto", list(mesh.devices.ravel()))
+    dtype = _dtype(target)
     transformer, text = (_weights(config, name, mesh, dtype) for name in ("transformer", "text_encoder"))
     parts = {"transformer": transformer} | ({} if offload else {"text encoder": text})
     data = config.data
@@ -204,16 +205,16 @@ def _finish(
     compile_: Any,
     reckoned: int,
 ) -> Plan:
-    seconds = collectives = None
+    method, seconds, collectives = "reckoned", None, None
     arguments, peak = sum(parts.values()), sum(parts.values()) + reckoned
     if compile_ is not None:
         began = time.perf_counter()
         try:
             compiled = compile_()
         except jax.errors.JaxRuntimeError as error:
-            peak = _over_budget(str(error))
+            method, peak = "refused", _over_budget(str(error))
         else:
-            seconds = round(time.perf_counter() - began, 1)
+            method, seconds = "compiled", round(time.perf_counter() - began, 1)
             found = compiled.memory_analysis()
             outside = parts.get("text encoder", 0)  # lies on the devices, and is no argument of the step
             arguments, peak = int(found.argument_size_in_bytes), (peak_bytes(compiled) or 0) + outside
@@ -223,6 +224,7 @@ def _finish(
     return Plan(
         program=program,
         target=target.name,
+        method=method,
         mesh={axis: n for axis, n in mesh.shape.items() if n > 1},
         parameters=_parameters(config),
         devices=mesh.size,
@@ -269,6 +271,11 @@ def _mesh(target: Target, sizes: Mapping[str, int]) -> Mesh:
     return make_mesh(dict(sizes) or ({"data": 1, "fsdp": -1} if len(devices) > 1 else {"data": 1}), devices)
 
 
+def _dtype(target: Target) -> jnp.dtype:
+    """What computes there: what "auto" means on the devices at hand, bfloat16 on those that are planned for."""
+    return compute_dtype("auto" if target.name == "local" else "bfloat16")
+
+
 def _bytes_per_device(tree: Any) -> int:
     """Of arrays or shapes with shardings: what one device holds of them."""
     total = 0
@@ -281,19 +288,10 @@ def _bytes_per_device(tree: Any) -> int:
 
 
 def _weights(config: Config, module: str, mesh: Mesh, dtype: jnp.dtype) -> int:
-    from sora_jax.bench.programs import placed_shapes
-    from sora_jax.models.transformer import Transformer
-
-    make = {
-        "transformer": lambda rngs: Transformer(config.transformer, rngs=rngs),
-        "text_encoder": lambda rngs: TextEncoder(config.text_encoder, rngs=rngs),
-    }[module]
-    return _bytes_per_device(placed_shapes(shapes_of(make), mesh, dtype))
+    return _bytes_per_device(placed_shapes(shapes_of(networks(config)[module]), mesh, dtype))
 
 
 def _parameters(config: Config) -> int:
-    from sora_jax.models.transformer import Transformer
-
     plain = dataclasses.replace(config.transformer, lora_rank=0)
     return sum(leaf.size for leaf in jax.tree.leaves(shapes_of(lambda rngs: Transformer(plain, rngs=rngs))))
 

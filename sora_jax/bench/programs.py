@@ -19,14 +19,13 @@ from sora_jax import sharding
 from sora_jax.config import Config
 from sora_jax.diffusion.guidance import classifier_free_guidance, guided_condition
 from sora_jax.diffusion.sampler import SamplerState, denoise, find_solver
-from sora_jax.models.text_encoder import TextEncoder
-from sora_jax.models.transformer import Transformer, model_time
+from sora_jax.models.structure import parameters_of, shapes_of, structure_of
+from sora_jax.models.transformer import model_time
 from sora_jax.shapes import Condition
 from sora_jax.tokens.packing import PackedRows
-from sora_jax.training.adapters import learning
+from sora_jax.training.adapters import learning, networks
 from sora_jax.training.diffusion_step import DiffusionModules, make_diffusion_step
 from sora_jax.training.optimizer import make_optimizer
-from sora_jax.training.stage import parameters_of, shapes_of, structure_of
 from sora_jax.training.state import TrainState, abstract_state, init_state, make_init
 
 
@@ -52,10 +51,7 @@ class TrainingProgram:
 def training_program(config: Config, mesh: Mesh, dtype: jnp.dtype) -> TrainingProgram:
     """The diffusion train step of `config` on `mesh`: optimiser, clipping and average included."""
 
-    make = {
-        "transformer": lambda rngs: Transformer(config.transformer, rngs=rngs),
-        "text_encoder": lambda rngs: TextEncoder(config.text_encoder, rngs=rngs),
-    }
+    make = networks(config)
 
     def make_params(key: jax.Array) -> dict[str, Any]:
         return learning(config, {name: parameters_of(build(nnx.Rngs(params=key))) for name, build in make.items()})[0]
@@ -113,8 +109,8 @@ def full_rows(config: Config, seed: int = 0) -> PackedRows:
 def compile_sampler_step(config: Config, mesh: Mesh, dtype: jnp.dtype, rows: int = 1) -> Any:
     """One guided solver step of `rows` videos, compiled for `mesh`; the batch lies over its data axes."""
     transformer, data, solver = config.transformer, config.data, find_solver(config.sample.solver)
-    graphdef = structure_of(lambda rngs: Transformer(transformer, rngs=rngs))
-    params = shapes_of(lambda rngs: Transformer(transformer, rngs=rngs))
+    make = networks(config)["transformer"]
+    graphdef, params = structure_of(make), shapes_of(make)
 
     def velocity(params: Any, tokens: jax.Array, levels: jax.Array, condition: Condition) -> jax.Array:
         return nnx.merge(graphdef, params)(tokens, model_time(levels, whole=solver.whole_times), condition, dtype=dtype)

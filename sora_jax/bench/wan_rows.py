@@ -19,16 +19,13 @@ from flax import nnx
 
 from sora_jax.bench.timing import median_seconds
 from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from sora_jax.models.structure import shapes_of, structure_of
 from sora_jax.models.text_encoder import TextEncoder, TextEncoderConfig
-from sora_jax.models.tokenizer import ByteTokenizer
 from sora_jax.models.transformer import Transformer, TransformerConfig
 from sora_jax.shapes import Condition, Extent
 from sora_jax.tokens.patchify import token_positions
-from sora_jax.weights.component import abstract_params, config_header, match_rows
-from sora_jax.weights.defaults import SchedulerDefaults
-from sora_jax.weights.files import write_json
-from sora_jax.weights.layout import FAMILIES, INDEX
-from sora_jax.weights.safetensors_io import write_tensors
+from sora_jax.weights.component import abstract_params
+from sora_jax.weights.layout import ModelFolder, save_folder
 from sora_jax.weights.umt5 import TEXT_ENCODER
 from sora_jax.weights.wan import AUTOENCODER, TRANSFORMER
 
@@ -49,14 +46,13 @@ LEAST = 3  # repetitions
 
 
 def _random(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Any]:
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), graph=False)
     rng = np.random.default_rng(0)
 
     def draw(leaf: Any) -> jax.Array:
         fan_in = max(int(np.prod(leaf.shape[:-1])), 1)
         return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) / np.sqrt(fan_in))
 
-    return graphdef, jax.tree.map(draw, shapes)
+    return structure_of(make), jax.tree.map(draw, shapes_of(make))
 
 
 def _transformer() -> tuple[nnx.GraphDef, Any, Callable[[], tuple[Any, ...]]]:
@@ -146,27 +142,18 @@ def wan_load(model: str) -> float:
 
 
 def _write_random_model(path: epath.Path) -> None:
-    """Tensor by tensor, so that writing needs less memory than loading."""
-    tile = (0.02 * np.random.default_rng(0).standard_normal(1 << 20)).astype(jnp.bfloat16)
-    for family, config in (
-        (TRANSFORMER, TransformerConfig()),
-        (AUTOENCODER, AutoencoderConfig()),
-        (TEXT_ENCODER, TextEncoderConfig()),
-    ):
-        folder = path / family.folder
-        folder.mkdir(parents=True)
-        params = abstract_params(family, config)
-        shapes = {where: leaf.shape for where, leaf in nnx.to_flat_state(params)}
-        rows = match_rows(family, config, params)
-        tensors = {key: row.their_shape(shapes[where]) for where, row in rows for key in row.keys(shapes[where])}
-        filled = (np.resize(tile, shape) for shape in tensors.values())
-        write_tensors(folder / f"{family.stem}.safetensors", tensors, tile.dtype, filled)
-        write_json(folder / "config.json", config_header(family, "bfloat16") | family.write_config(config))
-    for name, values in (("tokenizer", ByteTokenizer().to_dict()), ("scheduler", SchedulerDefaults().to_dict())):
-        (path / name).mkdir()
-        write_json(path / name / f"{name}_config.json", values)
-    classes = {family.folder: [family.library, family.name] for family in FAMILIES}
-    write_json(path / INDEX, {"_class_name": "WanPipeline", **classes})
+    """Every tensor is one random row over and over, so that writing needs less memory than loading."""
+    rng = np.random.default_rng(0)
+
+    def fill(leaf: Any) -> np.ndarray:
+        row = (0.02 * rng.standard_normal(leaf.shape[-1])).astype(jnp.bfloat16)
+        return np.broadcast_to(row, leaf.shape)
+
+    configs = {TRANSFORMER: TransformerConfig(), AUTOENCODER: AutoencoderConfig(), TEXT_ENCODER: TextEncoderConfig()}
+    parts: list[Any] = []  # config and parameters of each, in the order of `ModelFolder`
+    for family, config in configs.items():
+        parts += [config, jax.tree.map(fill, abstract_params(family, config))]
+    save_folder(path, ModelFolder(*parts), dtype="bfloat16")
 
 
 ROWS: dict[str, Callable[[str], float]] = {

@@ -24,15 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.action not in ACTIONS:
         raise UserError(f'unknown action "{args.action}": {nearest(args.action, ACTIONS)}')
-    from etils import epath
-
     from sora_jax.training.checkpoint import Checkpoints
-    from sora_jax.training.pretrained import is_workdir
+    from sora_jax.training.pretrained import workdir_of
 
-    workdir = epath.Path(args.workdir)
-    if not is_workdir(workdir):
-        raise UserError(f"{args.workdir} is not the workdir of a run: it has no config.json and checkpoints")
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    checkpoints = Checkpoints(workdir_of(args.workdir) / "checkpoints", read_only=True)
     try:
         found = []
         for step in checkpoints.steps():

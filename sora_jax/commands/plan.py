@@ -95,9 +95,11 @@ def table(name: str, made: Plan) -> str:
     """What people read: where the bytes are, and whether they fit."""
     gib = 2**30
     mesh = ", ".join(f"{axis}={n}" for axis, n in made.mesh.items()) or "one device"
-    how = "reckoned, not compiled" if made.compile_seconds is None else f"compiled in {made.compile_seconds:g} s"
-    if made.compile_seconds is None and made.devices > 1:
-        how = "refused by the compiler: over the device's memory"
+    how = {
+        "compiled": f"compiled in {made.compile_seconds} s",
+        "reckoned": "reckoned, not compiled",
+        "refused": "refused by the compiler: over the device's memory",
+    }[made.method]
     n = made.parameters
     size = f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
     peak, memory = made.peak_bytes_per_device / gib, made.hbm_bytes_per_device / gib

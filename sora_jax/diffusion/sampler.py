@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sora_jax.diffusion.flow import mix, spread
 from sora_jax.diffusion.guidance import Velocity
-from sora_jax.diffusion.solvers import SOLVERS, Solver
+from sora_jax.diffusion.solvers import SOLVERS, TRAIN_STEPS, Solver
 from sora_jax.errors import UserError, nearest
 from sora_jax.pytrees import pytree
 
@@ -55,7 +55,7 @@ def level_schedule(solver: Solver, steps: int, shift: float = 1.0) -> Float[np.n
     levels = exact.astype(np.float32)
     # Where the model's time is cut to a whole number, rounding a level must not carry it over the edge.
     for toward in (np.float32(0), np.float32(1)):
-        wrong = np.floor(levels * np.float32(1000)) - np.floor(exact * 1000)
+        wrong = np.floor(levels * np.float32(TRAIN_STEPS)) - np.floor(exact * TRAIN_STEPS)
         levels = np.where((wrong > 0) if toward == 0 else (wrong < 0), np.nextafter(levels, toward), levels)
     return levels
 

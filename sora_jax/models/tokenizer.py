@@ -101,10 +101,8 @@ class SubwordTokenizer:
     """UMT5's: a text is cleaned and cut into pieces of a vocabulary; `definition` is the text of its tokenizer.json."""
 
     definition: str = field(repr=False)
-    pad_id: int
-    eos_id: int
-    max_length: int = WAN_TEXT_LENGTH
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)  # of its tokenizer_config.json
+    max_length: int = WAN_TEXT_LENGTH
 
     attends_padding: ClassVar[bool] = True
 
@@ -115,6 +113,21 @@ class SubwordTokenizer:
     @property
     def vocab_size(self) -> int:
         return self._pieces.get_vocab_size()
+
+    @property
+    def pad_id(self) -> int:
+        return self._special("pad_token", SPECIALS[0])
+
+    @property
+    def eos_id(self) -> int:
+        return self._special("eos_token", SPECIALS[1])
+
+    def _special(self, key: str, usual: str) -> int:
+        token = self.config.get(key, usual)
+        name = token["content"] if isinstance(token, Mapping) else token  # a description of the token, or its name
+        if (found := self._pieces.token_to_id(name)) is None:
+            raise UserError(f'tokenizer.json has no {key} "{name}"')
+        return found
 
     def encode(self, text: str) -> list[int]:
         """The ids of the pieces of the cleaned text, then `eos_id`.
@@ -137,18 +150,12 @@ class SubwordTokenizer:
     def from_files(cls, definition: str, config: Mapping[str, Any]) -> SubwordTokenizer:
         """From the texts of tokenizer.json and tokenizer_config.json. Raises `UserError` when they are not UMT5's kind:
         a text must end with the end-of-text id."""
-        pieces = _read_pieces(definition)
-        names = {key: config.get(key, name) for key, name in (("pad_token", SPECIALS[0]), ("eos_token", SPECIALS[1]))}
-        ids = {}
-        for key, name in names.items():
-            content = name["content"] if isinstance(name, Mapping) else name  # a name, or a description of the token
-            ids[key] = pieces.token_to_id(content)
-            if ids[key] is None:
-                raise UserError(f'tokenizer.json has no {key} "{content}"')
-        if pieces.encode("a").ids[-1] != ids["eos_token"]:
-            raise UserError("tokenizer.json does not end a text with its eos_token: it is not UMT5's")
         limit = config.get("model_max_length", WAN_TEXT_LENGTH)
-        return cls(definition, ids["pad_token"], ids["eos_token"], int(min(limit, WAN_TEXT_LENGTH)), dict(config))
+        made = cls(definition, dict(config), int(min(limit, WAN_TEXT_LENGTH)))
+        if made._pieces.encode("a").ids[-1] != made.eos_id:
+            raise UserError("tokenizer.json does not end a text with its eos_token: it is not UMT5's")
+        made.pad_id  # noqa: B018  says that there is none
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """As `transformers` reads it."""

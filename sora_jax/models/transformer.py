@@ -26,6 +26,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sora_jax.diffusion.flow import spread
+from sora_jax.diffusion.solvers import TRAIN_STEPS
 from sora_jax.errors import UserError, nearest
 from sora_jax.models.attention import attention
 from sora_jax.models.layers import (
@@ -51,7 +52,7 @@ REMAT: Mapping[str, Callable[..., Any] | None] = {
 }
 
 
-MODEL_TIME = 1000.0
+MODEL_TIME = float(TRAIN_STEPS)
 
 
 def model_time(levels: Float[Array, "B G"], *, whole: bool = False) -> Float[Array, "B G"]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from sora_jax.models.transformer import TransformerConfig
+from sora_jax.models.structure import Make
+from sora_jax.models.text_encoder import TextEncoder
+from sora_jax.models.transformer import Transformer, TransformerConfig
 
 if TYPE_CHECKING:
     from sora_jax.config import Config
@@ -28,6 +30,14 @@ def split_adapters(transformer: nnx.State) -> tuple[nnx.State, nnx.State]:
     for path, leaf in flat:
         parts[path[-1] in _NAMES].append((path, leaf))
     return nnx.from_flat_state(parts[0]), nnx.from_flat_state(parts[1])
+
+
+def networks(config: Config) -> dict[str, Make]:
+    """How the networks of the diffusion stage are made, by name."""
+    return {
+        "transformer": lambda rngs: Transformer(config.transformer, rngs=rngs),
+        "text_encoder": lambda rngs: TextEncoder(config.text_encoder, rngs=rngs),
+    }
 
 
 def learning(config: Config, modules: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -59,7 +69,7 @@ def merge_adapters(config: TransformerConfig, transformer: nnx.State, adapters: 
             continue
         a, b = first.get_value(), added[*path[:-1], _NAMES[1]].get_value()
         kernel = flat[*path[:-1], "kernel"]
-        product = jax.numpy.einsum("...ir,...ro->...io", a, b, precision="highest")
-        wide = kernel.get_value().astype(jax.numpy.float32) + config.low_rank.scale * product
+        product = jnp.einsum("...ir,...ro->...io", a, b, precision="highest")
+        wide = kernel.get_value().astype(jnp.float32) + config.low_rank.scale * product
         flat[*path[:-1], "kernel"] = kernel.replace(wide.astype(kernel.get_value().dtype))
     return nnx.from_flat_state(list(flat.items()))

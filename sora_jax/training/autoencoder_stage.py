@@ -14,13 +14,14 @@ from flax import nnx
 from sora_jax import sharding
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder
+from sora_jax.models.structure import parameters_of, structure_of
 from sora_jax.shapes import Extent, latent_extent
 from sora_jax.training.autoencoder_step import DECODER, MODULE, make_autoencoder_step
 from sora_jax.training.clip_batches import ClipBatches, ClipSource, clip_source
 from sora_jax.training.files import write_text
 from sora_jax.training.pretrained import LATENT_STATISTICS, load_autoencoder
 from sora_jax.training.samples import autoencoder_sampler
-from sora_jax.training.stage import Context, Stage, mean_over, parameters_of, structure_of
+from sora_jax.training.stage import Context, Stage, mean_over
 
 STATISTICS_CLIPS = 128
 

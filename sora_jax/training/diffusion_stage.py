@@ -16,16 +16,17 @@ from sora_jax.data.latents import LatentSource
 from sora_jax.data.loader import make_loader
 from sora_jax.data.sources import Clips, FolderSource, WorldClips
 from sora_jax.errors import UserError
-from sora_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+from sora_jax.models.structure import parameters_of, structure_of
+from sora_jax.models.text_encoder import TextEncoderConfig
 from sora_jax.models.tokenizer import ByteTokenizer
-from sora_jax.models.transformer import Transformer, TransformerConfig
+from sora_jax.models.transformer import TransformerConfig
 from sora_jax.tokens.packing import PackedRows
-from sora_jax.training.adapters import learning
+from sora_jax.training.adapters import learning, networks
 from sora_jax.training.diffusion_step import DiffusionModules, make_diffusion_step, make_diffusion_validation
 from sora_jax.training.encoding import encode_clips
 from sora_jax.training.pretrained import load_autoencoder, load_kept, tokenizer_of
 from sora_jax.training.samples import diffusion_sampler
-from sora_jax.training.stage import Context, Stage, mean_over, parameters_of, structure_of
+from sora_jax.training.stage import Context, Stage, mean_over
 
 VALIDATION_BATCHES = 2
 
@@ -66,18 +67,16 @@ def diffusion_stage(context: Context) -> Stage:
         workers=data.workers,
         **loader_options,
     )
-    modules = DiffusionModules(
-        transformer=structure_of(lambda rngs: Transformer(transformer, rngs=rngs)),
-        text_encoder=structure_of(lambda rngs: TextEncoder(text_encoder, rngs=rngs)),
-    )
+    make = networks(config)
+    modules = DiffusionModules(**{name: structure_of(network) for name, network in make.items()})
 
     def make_params(key: jax.Array) -> dict[str, Any]:
         keys = jax.random.split(key)
-        modules = {
-            "transformer": parameters_of(Transformer(transformer, rngs=nnx.Rngs(params=keys[0]))),
-            "text_encoder": parameters_of(TextEncoder(text_encoder, rngs=nnx.Rngs(params=keys[1]))),
+        drawn = {
+            name: parameters_of(network(nnx.Rngs(params=key)))
+            for (name, network), key in zip(make.items(), keys, strict=True)
         }
-        return learning(config, modules)[0]
+        return learning(config, drawn)[0]
 
     kept = load_kept(config, context.mesh, context.dtype)
 

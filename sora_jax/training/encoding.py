@@ -25,6 +25,7 @@ from sora_jax.data.latents import CacheInfo, LatentRecord, LatentWriter
 from sora_jax.data.sources import MAX_UNREADABLE_SHARE, Clips
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from sora_jax.models.structure import structure_of
 from sora_jax.shapes import latent_extent
 from sora_jax.training.autoencoder_step import ENCODER
 
@@ -155,7 +156,7 @@ class _Encoder:
     def __init__(
         self, config: AutoencoderConfig, params: nnx.State, mesh: Mesh, frames: int, batch_size: int, dtype: jnp.dtype
     ):
-        self._graphdef = nnx.split(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))), graph=False)[0]
+        self._graphdef = structure_of(lambda rngs: Autoencoder(config, rngs=rngs))
         self._dtype = dtype
         self._params = jax.device_put(params, sharding.replicated(mesh))
         self._place = sharding.batch_sharding(mesh)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +19,10 @@ from sora_jax import sharding
 from sora_jax.config import Config
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
-from sora_jax.models.text_encoder import TextEncoder
+from sora_jax.models.structure import Make, shapes_of
 from sora_jax.models.tokenizer import ByteTokenizer, Tokenizer
-from sora_jax.models.transformer import Transformer
-from sora_jax.training.adapters import ADAPTERS, learning
+from sora_jax.training.adapters import ADAPTERS, learning, networks
 from sora_jax.training.checkpoint import Checkpoints
-from sora_jax.training.stage import shapes_of
 from sora_jax.training.text_step import Reader
 from sora_jax.weights.component import load_component
 from sora_jax.weights.layout import load_tokenizer
@@ -46,16 +44,15 @@ class Run(NamedTuple):
 
 def abstract_modules(config: Config) -> dict[str, nnx.State]:
     """The parameters that the stage of `config` trains, as shapes."""
-    make: dict[str, Callable[[], nnx.Module]]
+    make: dict[str, Make] = networks(config)
     if config.train.stage == "autoencoder":
-        make = {"autoencoder": lambda: Autoencoder(config.autoencoder, rngs=nnx.Rngs(0))}
-    else:
-        make = {"text_encoder": lambda: TextEncoder(config.text_encoder, rngs=nnx.Rngs(0))}
-        if config.train.stage == "text":
-            make["reader"] = lambda: Reader(config.text_encoder.d_model, rngs=nnx.Rngs(0))
-        else:
-            make["transformer"] = lambda: Transformer(config.transformer, rngs=nnx.Rngs(0))
-    shapes = {name: nnx.split(nnx.eval_shape(module), graph=False)[1] for name, module in make.items()}
+        make = {"autoencoder": lambda rngs: Autoencoder(config.autoencoder, rngs=rngs)}
+    elif config.train.stage == "text":
+        make = {
+            "text_encoder": make["text_encoder"],
+            "reader": lambda rngs: Reader(config.text_encoder.d_model, rngs=rngs),
+        }
+    shapes = {name: shapes_of(module) for name, module in make.items()}
     return learning(config, shapes)[0] if config.train.stage == "diffusion" else shapes
 
 
@@ -64,11 +61,7 @@ def load_kept(config: Config, mesh: Mesh, dtype: jnp.dtype) -> dict[str, nnx.Sta
     computes."""
     if config.train.learns == "all":
         return {}
-    modules = {
-        "transformer": shapes_of(lambda rngs: Transformer(config.transformer, rngs=rngs)),
-        "text_encoder": shapes_of(lambda rngs: TextEncoder(config.text_encoder, rngs=rngs)),
-    }
-    shapes = learning(config, modules)[1]
+    shapes = learning(config, {name: shapes_of(make) for name, make in networks(config).items()})[1]
     return load_modules(config.train.init, shapes, mesh, dtype=dtype).params
 
 
@@ -84,12 +77,17 @@ def is_workdir(path: epath.PathLike) -> bool:
     return (path / "config.json").exists() and (path / "checkpoints").exists()
 
 
+def workdir_of(path: epath.PathLike) -> epath.Path:
+    """`path`, which must be the workdir of a run."""
+    if not is_workdir(path):
+        raise UserError(f"{path} is not the workdir of a run: it has no config.json and checkpoints")
+    return epath.Path(path)
+
+
 def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> Run:
     """The config and the averaged parameters of the newest good checkpoint of a run, placed on `mesh` (default: one
     device). Raises `UserError` when `workdir` is no run or has no checkpoint yet."""
-    workdir = epath.Path(workdir)
-    if not is_workdir(workdir):
-        raise UserError(f"{workdir} is not the workdir of a run: it has no config.json and checkpoints")
+    workdir = workdir_of(workdir)
     config = configs.from_json((workdir / "config.json").read_text())
     mesh = mesh or sharding.make_mesh({"data": 1}, jax.local_devices()[:1])
     shapes = abstract_modules(config)

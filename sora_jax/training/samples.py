@@ -16,6 +16,7 @@ from sora_jax.diffusion.guidance import classifier_free_guidance, guided_conditi
 from sora_jax.diffusion.sampler import denoise, find_solver, level_schedule, schedule_table, start
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder
+from sora_jax.models.structure import structure_of
 from sora_jax.models.tokenizer import Tokenizer
 from sora_jax.models.transformer import model_time
 from sora_jax.shapes import Condition, Extent, latent_extent, token_extent
@@ -45,7 +46,7 @@ def diffusion_sampler(
         context.say(f"no sample grids: {error}")
         return None
     patch = context.config.transformer.patch
-    autoencoder = nnx.split(nnx.eval_shape(lambda: Autoencoder(autoencoder_config, rngs=nnx.Rngs(0))), graph=False)[0]
+    autoencoder = structure_of(lambda rngs: Autoencoder(autoencoder_config, rngs=rngs))
     latents = latent_extent(Extent(config.frames, config.height, config.width), autoencoder_config.stride, patch)
     tokens = token_extent(latents, patch)
     empty = np.zeros((*latents, autoencoder_config.z_dim), np.float32)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from flax import nnx
 from jax.sharding import Mesh
 
 from sora_jax.config import Config
@@ -65,19 +64,6 @@ class Stage:
 
 
 MakeStage = Callable[[Context], Stage]
-
-
-def structure_of(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), graph=False)[0]
-
-
-def shapes_of(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.State:
-    """The parameters of a module as shapes, without making it."""
-    return nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), graph=False)[1]
-
-
-def parameters_of(module: nnx.Module) -> nnx.State:
-    return nnx.split(module, graph=False)[1]
 
 
 def mean_over(

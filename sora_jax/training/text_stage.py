@@ -9,9 +9,10 @@ from flax import nnx
 
 from sora_jax import sharding
 from sora_jax.errors import UserError
+from sora_jax.models.structure import parameters_of, structure_of
 from sora_jax.models.text_encoder import TextEncoder
 from sora_jax.training.numbered_batches import NumberedBatches
-from sora_jax.training.stage import Context, Stage, mean_over, parameters_of, structure_of
+from sora_jax.training.stage import Context, Stage, mean_over
 from sora_jax.training.text_step import (
     Captions,
     Reader,

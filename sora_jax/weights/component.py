@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from sora_jax.errors import UserError, nearest
+from sora_jax.models.structure import shapes_of
 from sora_jax.sharding import param_shardings
 from sora_jax.weights.files import parse_json, write_json
 from sora_jax.weights.safetensors_io import (
@@ -33,8 +34,7 @@ Config = Any  # the frozen config dataclass of a family
 
 def abstract_params(family: Family, config: Config) -> nnx.State:
     """The parameters that a config has, as shapes: the state that `nnx.merge(graphdef, params)` takes."""
-    module = nnx.eval_shape(lambda: family.module(config, rngs=nnx.Rngs(0)))
-    return nnx.split(module, graph=False)[1]
+    return shapes_of(lambda rngs: family.module(config, rngs=rngs))
 
 
 def match_rows(family: Family, config: Config, params: nnx.State) -> list[tuple[tuple, Row]]:

@@ -157,7 +157,7 @@ def read_index(path: epath.Path) -> Index:
 
 
 def load_tokenizer(folder: epath.Path) -> Tokenizer:
-    """The tokenizer of a model folder, in its folder `tokenizer`."""
+    """The tokenizer in `folder`: tokenizer_config.json and, for one of pieces, tokenizer.json."""
     values = read_json(folder / "tokenizer_config.json")
     if values.get("tokenizer_class") == "ByT5Tokenizer":
         return parse_json(folder / "tokenizer_config.json", ByteTokenizer.from_dict)
@@ -199,16 +199,22 @@ def save_folder(
             save_component(folder / family.folder, family, config, params, dtype=dtype)
         if model.transformer_2 is not None:
             save_component(folder / SECOND, TRANSFORMER, model.transformer_config, model.transformer_2, dtype=dtype)
-        for name, values in (("tokenizer", model.tokenizer.to_dict()), ("scheduler", model.scheduler.to_dict())):
-            (folder / name).mkdir(exist_ok=True)
-            write_json(folder / name / f"{name}_config.json", values)
-        if isinstance(model.tokenizer, SubwordTokenizer):
-            (folder / "tokenizer" / "tokenizer.json").write_text(model.tokenizer.definition)
+        save_tokenizer(folder / "tokenizer", model.tokenizer)
+        (folder / "scheduler").mkdir()
+        write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler.to_dict())
         write_json(folder / OURS, model.defaults.to_dict())
         if card is not None:
             (folder / "README.md").write_text(card)
         write_json(folder / INDEX, _index(model))  # last: a folder without it is no model folder
     return path
+
+
+def save_tokenizer(folder: epath.Path, tokenizer: Tokenizer) -> None:
+    """Write what `load_tokenizer` reads."""
+    folder.mkdir(parents=True)
+    write_json(folder / "tokenizer_config.json", tokenizer.to_dict())
+    if isinstance(tokenizer, SubwordTokenizer):
+        (folder / "tokenizer.json").write_text(tokenizer.definition)
 
 
 def _index(model: ModelFolder) -> dict[str, Any]:
@@ -218,8 +224,8 @@ def _index(model: ModelFolder) -> dict[str, Any]:
         "_class_name": "WanPipeline",
         "_diffusers_version": FORMAT_VERSION,
         "boundary_ratio": model.boundary,
-        "expand_timesteps": model.defaults.takes_frames
-        and not byte,  # Wan 2.2 TI2V, which `diffusers` gives a level per token
+        # Of Wan 2.2 TI2V: `diffusers` then tells the model the level of every token.
+        "expand_timesteps": model.defaults.takes_frames and not byte,
         "scheduler": ["diffusers", SCHEDULERS[model.scheduler.solver][0]],
         "tokenizer": ["transformers", "ByT5Tokenizer" if byte else "T5TokenizerFast"],
         SECOND: [TRANSFORMER.library, TRANSFORMER.name] if two else [None, None],

@@ -97,7 +97,8 @@ def _alpha_of_all(path: epath.Path) -> float | None:
 
 
 def merge_loras(config: TransformerConfig, params: nnx.State, loras: Mapping[str, float]) -> nnx.State:
-    """`params` with the adapters of each file added at its weight, kernel by kernel on the host, in float32.
+    """`params` with the adapters of each file added at its weight, kernel by kernel on the host, in float32; parameters
+    that lie on the host stay there.
 
     Raises `UserError`, before anything is changed, for a file that is no LoRA, or one for another model.
     """
@@ -133,8 +134,10 @@ def merge_loras(config: TransformerConfig, params: nnx.State, loras: Mapping[str
                 scale = weight * (1.0 if adapter.alpha is None else adapter.alpha / adapter.down.shape[0])
                 change = read(adapter.down).astype(np.float32).T @ read(adapter.up).astype(np.float32).T
                 kernel[... if target.layer is None else target.layer] += scale * change
-            placed = jax.device_put(kernel.astype(array.dtype), getattr(array, "sharding", None))
-            flat[where] = flat[where].replace(placed)
+            merged = kernel.astype(array.dtype)
+            flat[where] = flat[where].replace(
+                merged if isinstance(array, np.ndarray) else jax.device_put(merged, array.sharding)
+            )
     return nnx.from_flat_state(list(flat.items()))
 
 

@@ -29,7 +29,7 @@ from sora_jax.weights.component import load_params, save_params
 from sora_jax.weights.defaults import SchedulerDefaults
 from sora_jax.weights.files import new_folder, parse_json, read_json, write_json
 from sora_jax.weights.known import known_defaults
-from sora_jax.weights.layout import ModelFolder
+from sora_jax.weights.layout import ModelFolder, save_tokenizer
 from sora_jax.weights.safetensors_io import StoredTensor, read_header, read_headers
 from sora_jax.weights.table import Family, Row
 from sora_jax.weights.torch_file import read_torch_file
@@ -272,9 +272,7 @@ def save_original(path: epath.PathLike, model: ModelFolder, *, dtype: str = "flo
             ("models_t5_umt5-xxl-enc", ORIGINAL_TEXT_ENCODER, model.text_encoder_config, model.text_encoder),
         ):
             save_params(folder / f"{file_stem}.safetensors", family, config, params, dtype=dtype)
-        (folder / TOKENIZER).mkdir(parents=True)
-        (folder / TOKENIZER / "tokenizer.json").write_text(model.tokenizer.definition)
-        write_json(folder / TOKENIZER / "tokenizer_config.json", model.tokenizer.to_dict())
+        save_tokenizer(folder / TOKENIZER, model.tokenizer)
 
 
 def _only(path: epath.Path, patterns: Sequence[str], what: str) -> epath.Path:
