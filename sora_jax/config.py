@@ -79,6 +79,7 @@ class TrainConfig:
     seed: int = 0
     init: str = ""  # a model to start from: a shipped name, a folder or URL, a hub name, or another workdir
     learns: Literal["all", "transformer", "lora"] = "all"  # in the diffusion stage; what does not is kept as in `init`
+    expert: Literal["", "high", "low"] = ""  # which learns, where `init` has one for high noise and one for low
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; parameters are float32
     ema: float = 0.999  # decay of the averaged parameters
     log_every: int = 50
@@ -100,6 +101,8 @@ class TrainConfig:
             raise UserError(f"train.ema must be in [0, 1), not {self.ema}")
         if self.learns != "all" and not self.init:
             raise UserError(f"train.learns={self.learns} keeps the rest of a model as it is: name it in train.init")
+        if self.learns == "all" and self.expert:
+            raise UserError(f"train.expert={self.expert} tunes one of two: set train.learns to transformer or lora")
 
 
 @dataclass(frozen=True)

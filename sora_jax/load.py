@@ -11,12 +11,14 @@ from etils import epath
 from jax.sharding import Mesh
 
 from sora_jax import runtime
+from sora_jax.errors import UserError
 from sora_jax.weights.layout import INDEX, ModelFolder, load_folder
 from sora_jax.weights.original import is_original, load_original
 from sora_jax.weights.shipped import find_model
 from sora_jax.weights.umt5 import TEXT_ENCODER
 from sora_jax.weights.wan import AUTOENCODER
 
+EXPERTS = ("high", "low")  # of Wan 2.2 A14B: for high noise, for low noise
 OFFLOADED = (TEXT_ENCODER.folder, AUTOENCODER.folder)  # what is needed before and after the steps, and not in them
 
 
@@ -49,12 +51,23 @@ def load_model(
 
 
 def with_loras(folder: ModelFolder, lora: Mapping[str, float]) -> ModelFolder:
-    """The model with adapters merged into its transformer, or into both of them."""
+    """The model with adapters merged into its transformer; of two experts into both, or into the one that a name begins
+    with: "high:FILE", "low:FILE"."""
     from sora_jax.weights.lora import merge_loras
 
     config, second = folder.transformer_config, folder.transformer_2
+    of: dict[str, dict[str, float]] = {expert: {} for expert in EXPERTS}
+    for name, weight in lora.items():
+        expert, _, file = name.partition(":")
+        if expert not in EXPERTS:
+            for adapters in of.values():
+                adapters[name] = weight
+        elif second is None:
+            raise UserError(f"LoRA {name} is for one of two experts, and this model has one transformer: name {file}")
+        else:
+            of[expert][file] = weight
     return dataclasses.replace(
         folder,
-        transformer=merge_loras(config, folder.transformer, lora),
-        transformer_2=None if second is None else merge_loras(config, second, lora),
+        transformer=merge_loras(config, folder.transformer, of["high"]),
+        transformer_2=None if second is None else merge_loras(config, second, of["low"]),
     )

@@ -79,6 +79,23 @@ def test_density_is_logit_normal_with_the_resolution_shift():
     assert abs(np.mean(levels.sigma[:, FRAMES] < 1 / (1 + np.exp(-0.3 - np.log(2.0 * 0.5)))) - 0.5) < 0.04  # the median
 
 
+def test_between_two_levels_the_density_is_the_part_of_it_that_lies_there():
+    whole = {"mean": 0.3, "std": 1.2, "shift": 3.0, "shift_tokens": 64, "modes": ModeWeights(1, 0, 0, 0, 0, 0)}
+    rng = np.random.default_rng(0)
+    for low, high in ((0.875, 1.0), (0.0, 0.875), (0.3, 0.4)):
+        levels = draw(LevelsConfig(**whole, low=low, high=high))
+        for group, tokens in ((0, 80), (FRAMES, 16)):
+            sigma = levels.sigma[:, group]
+            assert low <= sigma.min() < sigma.max() <= high
+            odds = 3.0 * np.sqrt(tokens / 64) * np.exp(rng.normal(0.3, 1.2, 1_000_000))
+            expected = odds / (1 + odds)
+            expected = expected[(expected >= low) & (expected <= high)]
+            for quantile in (0.1, 0.5, 0.9):
+                share = np.mean(sigma < np.quantile(expected, quantile))
+                assert abs(share - quantile) < 4 * np.sqrt(quantile * (1 - quantile) / ROWS)
+        assert (levels.sigma[:, -1] == 0).all(), "unused groups have level 0"
+
+
 def test_modes_come_in_proportion_and_give_what_they_say():
     weights = ModeWeights(uniform=2, per_frame=1, first=1, last=1, both=1, random=2)
     levels = draw(LevelsConfig(modes=weights))
@@ -119,3 +136,6 @@ def test_bad_settings_are_refused():
         LevelsConfig(modes=ModeWeights(0, 0, 0, 0, 0, 0))
     with pytest.raises(UserError, match="shift"):
         LevelsConfig(shift=0.0)
+    for low, high in ((0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (0.9, 0.1)):
+        with pytest.raises(UserError, match="0 <= low < high <= 1"):
+            LevelsConfig(low=low, high=high)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import jax
@@ -19,7 +21,7 @@ from sora_jax.pipeline import Pipeline
 from sora_jax.training.adapters import complete, merge_adapters, split_adapters
 from sora_jax.training.loop import train
 from sora_jax.training.pretrained import load_run
-from sora_jax.weights.layout import load_folder
+from sora_jax.weights.layout import load_folder, save_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_training")]
 
@@ -147,6 +149,64 @@ def test_the_transformer_alone_learns(config: Config, tiny_model: Path, tmp_path
     away = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), tuned.transformer, base.transformer)
     assert 0 < max(jax.tree.leaves(away)) < 3.1 * only.optimizer.learning_rate
     assert (tuned.scheduler, tuned.tokenizer) == (base.scheduler, base.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def two_experts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a second expert, other than the first, for levels below .6."""
+    folder = load_folder(tiny_model)
+    rng = np.random.default_rng(7)
+    low = jax.tree.map(
+        lambda leaf: leaf + 0.1 * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), folder.transformer
+    )
+    path = tmp_path_factory.mktemp("experts") / "model"
+    save_folder(path, dataclasses.replace(folder, transformer_2=low, boundary=0.6))
+    return path
+
+
+@pytest.mark.parametrize(("expert", "learns", "rank"), [("high", "transformer", 0), ("low", "lora", 2)])
+def test_of_two_experts_the_one_that_is_named_learns_at_its_levels(
+    config: Config, two_experts: Path, tmp_path: Path, expert: str, learns: str, rank: int
+):
+    changes = [f"train.init={two_experts}", f"train.expert={expert}", f"train.learns={learns}"]
+    only = override(config, [*changes, f"transformer.lora_rank={rank}"])
+    train(only, tmp_path / "run", say=lambda line: None)
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    levels = [float(name.rsplit("_", 1)[1]) for name in line if name.startswith("validation_loss_")]
+    assert len(levels) == 10
+    assert all((level > 0.6) == (expert == "high") for level in levels)
+
+    base, tuned = load_folder(two_experts), Pipeline.load(tmp_path / "run", dtype="float32").folder
+    names = ("transformer", "transformer_2")
+    learned, kept = names if expert == "high" else reversed(names)
+    jax.tree.map(np.testing.assert_array_equal, getattr(tuned, kept), getattr(base, kept))
+    away = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), getattr(tuned, learned), getattr(base, learned))
+    assert 0 < max(jax.tree.leaves(away)) < 0.1
+    assert tuned.boundary == base.boundary
+
+    if learns == "lora":  # as a file it goes into the expert that is named with it, and only there
+        file = tmp_path / "low.safetensors"
+        assert cli.main(["export", str(tmp_path / "run"), str(file), "--layout", "lora"]) == 0
+        merged = Pipeline.load(two_experts, dtype="float32", lora=f"low:{file}").folder
+        jax.tree.map(np.testing.assert_array_equal, merged.transformer, base.transformer)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged.transformer_2, tuned.transformer_2
+        )
+
+
+def test_an_expert_must_be_named_where_there_are_two_and_only_there(
+    config: Config, two_experts: Path, tiny_model: Path, tmp_path: Path
+):
+    for changes, words in (
+        ([f"train.init={two_experts}"], "two experts: train.expert=high tunes the one for levels from 0.6 up"),
+        (["train.expert=low"], f"needs a model folder with two experts, and {tiny_model} has one transformer"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            train(override(config, changes), tmp_path / "run", say=lambda line: None)
+    with pytest.raises(UserError, match="set train.learns to transformer or lora"):
+        override(config, ["train.learns=all", "transformer.lora_rank=0", "train.expert=low"])
+    with pytest.raises(UserError, match="for one of two experts, and this model has one transformer"):
+        Pipeline.load(tiny_model, lora="high:mine.safetensors")
 
 
 def test_what_does_not_fit_together_is_refused(config: Config):

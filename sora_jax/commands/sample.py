@@ -57,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--model", metavar="MODEL", help="a shipped name, a model folder or URL, or a workdir (world)")
     how.add_argument(
-        "--lora", action="append", metavar="FILE[=WEIGHT]", help="low-rank adapters to merge into the model; repeatable"
+        "--lora",
+        action="append",
+        metavar="FILE[=WEIGHT]",
+        help="low-rank adapters to merge into the model; repeatable; of two experts into both, or high:FILE, low:FILE",
     )
     how.add_argument("--steps", type=int, metavar="N", help="solver steps; more is slower and finer")
     how.add_argument("--guidance", type=float, metavar="W", help="how strongly the prompt is followed; 1 = as trained")

@@ -53,6 +53,8 @@ class LevelsConfig:
     std: float = 1.0
     shift: float = 1.0  # at `shift_tokens` tokens
     shift_tokens: int = 0  # 0: the same shift for every size
+    low: float = 0.0  # of the density, the part between these levels is drawn from
+    high: float = 1.0
     modes: ModeWeights = ModeWeights()
 
     def __post_init__(self) -> None:
@@ -61,6 +63,8 @@ class LevelsConfig:
             raise UserError(f"level mode weights must be >= 0 and not all 0, not {self.modes}")
         if self.shift <= 0 or self.std <= 0:
             raise UserError(f"level shift and std must be > 0, not {self.shift} and {self.std}")
+        if not 0 <= self.low < self.high <= 1:
+            raise UserError(f"levels.low and levels.high must be 0 <= low < high <= 1, not {self.low} and {self.high}")
 
 
 class Levels(NamedTuple):
@@ -110,12 +114,26 @@ def draw_levels(
     video_normal = per_video(jax.random.normal(level_key, (rows, groups)))
     frame_normal = jax.random.normal(frame_key, (rows, groups))
     chosen = jnp.where(mode == MODES.index("per_frame"), frame_normal, video_normal)
-    sigma = jax.nn.sigmoid(config.mean + config.std * chosen)
+    shift = jnp.full((rows, groups), config.shift)
     if config.shift_tokens:
         tokens = jnp.sum(segment_ids[:, None, :] == group_segment[:, :, None], axis=-1)
-        sigma = shift_level(sigma, config.shift * jnp.sqrt(jnp.maximum(tokens, 1) / config.shift_tokens))
-    else:
-        sigma = shift_level(sigma, config.shift)
+        shift = shift * jnp.sqrt(jnp.maximum(tokens, 1) / config.shift_tokens)
+    if (config.low, config.high) != (0, 1):
+        chosen = _between(chosen, *(_unshifted(level, shift, config) for level in (config.low, config.high)))
+    sigma = shift_level(jax.nn.sigmoid(config.mean + config.std * chosen), shift)
+    sigma = jnp.clip(sigma, config.low, config.high)  # of what rounding did
 
     used = group_segment > 0
     return Levels(jnp.where(used & ~given, sigma, 0.0), given & used, mode)
+
+
+def _unshifted(level: float, shift: Float[Array, "B G"], config: LevelsConfig) -> Float[Array, "B G"]:
+    """The standard normal number that becomes `level`."""
+    unshifted = shift_level(jnp.full_like(shift, level), 1 / shift)
+    return (jax.scipy.special.logit(unshifted) - config.mean) / config.std
+
+
+def _between(normal: Float[Array, "B G"], low: Float[Array, "B G"], high: Float[Array, "B G"]) -> Float[Array, "B G"]:
+    """Standard normal numbers as those of the normal density between `low` and `high`: the same quantiles of it."""
+    ndtr, ndtri = jax.scipy.special.ndtr, jax.scipy.special.ndtri
+    return ndtri(ndtr(low) + ndtr(normal) * (ndtr(high) - ndtr(low)))

@@ -24,7 +24,7 @@ from sora_jax.tokens.packing import PackedRows
 from sora_jax.training.adapters import learning, networks
 from sora_jax.training.diffusion_step import DiffusionModules, make_diffusion_step, make_diffusion_validation
 from sora_jax.training.encoding import encode_clips
-from sora_jax.training.pretrained import load_autoencoder, load_kept, tokenizer_of
+from sora_jax.training.pretrained import levels_of, load_autoencoder, load_kept, tokenizer_of
 from sora_jax.training.samples import diffusion_sampler
 from sora_jax.training.stage import Context, Stage, mean_over
 
@@ -78,12 +78,13 @@ def diffusion_stage(context: Context) -> Stage:
         }
         return learning(config, drawn)[0]
 
+    levels = levels_of(config)
     kept = load_kept(config, context.mesh, context.dtype)
 
     step = make_diffusion_step(
         modules,
         context.optimizer,
-        config.levels,
+        levels,
         clip_norm=config.optimizer.clip_norm,
         ema_decay=config.train.ema,
         dtype=context.dtype,
@@ -91,7 +92,7 @@ def diffusion_stage(context: Context) -> Stage:
     validate = None
     if data.held_out:
         validate = mean_over(
-            partial(make_diffusion_validation(modules, jax.random.key(0), dtype=context.dtype), kept=kept),
+            partial(make_diffusion_validation(modules, levels, jax.random.key(0), dtype=context.dtype), kept=kept),
             _held_out_rows(LatentSource(folder, start=-data.held_out), context, loader_options),
         )
     rows = config.train.batch_size

@@ -8,7 +8,7 @@ learns with the world model, and is kept where an open model is tuned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -31,7 +31,7 @@ Step = Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]
 Validate = Callable[..., dict[str, Float[Array, ""]]]
 
 PAD = 0  # the id of an empty place, in ByT5 and UMT5 alike
-VALIDATION_LEVELS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
+VALIDATION_LEVELS = 10  # so many, each in the middle of its share of the levels
 
 
 @dataclass(frozen=True)
@@ -123,15 +123,19 @@ def make_diffusion_step(
 
 def make_diffusion_validation(
     modules: DiffusionModules,
+    levels: LevelsConfig,
     key: Key[Array, ""],
-    levels: Sequence[float] = VALIDATION_LEVELS,
     dtype: jnp.dtype | type = jnp.float32,
 ) -> Validate:
-    """`validate(params, rows, kept={}) -> {"loss": mean, "loss_0.05": ..., ...}`: the loss of text to video at fixed
-    levels.
+    """`validate(params, rows, kept={}) -> {"loss": mean, "loss_0.05": ..., ...}`: the loss of text to video at ten
+    fixed levels, evenly from `levels.low` to `levels.high`.
 
     The noise of a level is the same at every call, and another for each level.
     """
+
+    middles = [
+        levels.low + (levels.high - levels.low) * (i + 0.5) / VALIDATION_LEVELS for i in range(VALIDATION_LEVELS)
+    ]
 
     def validate(
         params: Mapping[str, Any], rows: PackedRows, kept: Mapping[str, Any] = MappingProxyType({})
@@ -144,8 +148,8 @@ def make_diffusion_validation(
             table = Levels(jnp.where(used, level, 0.0), jnp.zeros_like(used), jnp.zeros(used.shape, jnp.int32))
             return diffusion_loss(modules, params, rows, table, noise, dtype=dtype)
 
-        losses = jax.lax.map(lambda pair: at(*pair), (jnp.arange(len(levels)), jnp.asarray(levels, jnp.float32)))
-        named = {f"loss_{level:.2f}": losses[i] for i, level in enumerate(levels)}
+        losses = jax.lax.map(lambda pair: at(*pair), (jnp.arange(len(middles)), jnp.asarray(middles, jnp.float32)))
+        named = {f"loss_{level:.2f}": losses[i] for i, level in enumerate(middles)}
         return {"loss": jnp.mean(losses), **named}
 
     return jax.jit(validate)

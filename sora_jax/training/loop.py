@@ -104,7 +104,9 @@ def train(
         start, averages = 0, Averages()
         state = init_state(init, key, mesh)
         if settings.init:
-            loaded = load_modules(settings.init, shapes.params, mesh, may_differ=stage.may_start_anew)
+            loaded = load_modules(
+                settings.init, shapes.params, mesh, expert=settings.expert, may_differ=stage.may_start_anew
+            )
             started = {name: nnx.merge_state(own, loaded.params.get(name, own)) for name, own in state.params.items()}
             state = state.replace(params=started, ema=jax.tree.map(jnp.copy, started))
             if loaded.params:

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from sora_jax import config as configs
 from sora_jax import sharding
 from sora_jax.config import Config
+from sora_jax.diffusion.levels import LevelsConfig
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sora_jax.models.structure import Make, shapes_of
@@ -25,7 +26,7 @@ from sora_jax.training.adapters import ADAPTERS, learning, networks
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.text_step import Reader
 from sora_jax.weights.component import load_component
-from sora_jax.weights.layout import load_tokenizer
+from sora_jax.weights.layout import INDEX, SECOND, load_tokenizer, read_index
 from sora_jax.weights.shipped import find_model
 from sora_jax.weights.umt5 import TEXT_ENCODER
 from sora_jax.weights.wan import AUTOENCODER, TRANSFORMER
@@ -62,7 +63,30 @@ def load_kept(config: Config, mesh: Mesh, dtype: jnp.dtype) -> dict[str, nnx.Sta
     if config.train.learns == "all":
         return {}
     shapes = learning(config, {name: shapes_of(make) for name, make in networks(config).items()})[1]
-    return load_modules(config.train.init, shapes, mesh, dtype=dtype).params
+    return load_modules(config.train.init, shapes, mesh, expert=config.train.expert, dtype=dtype).params
+
+
+def levels_of(config: Config) -> LevelsConfig:
+    """The levels that are learned: those of `config`, of which one of two experts has its side of the boundary."""
+    levels, expert = config.levels, config.train.expert
+    if not expert:
+        return levels
+    boundary = _boundary(find_pretrained(config.train.init), expert)
+    if expert == "high":
+        return dataclasses.replace(levels, low=max(levels.low, boundary))
+    return dataclasses.replace(levels, high=min(levels.high, boundary))
+
+
+def _boundary(path: epath.Path, expert: str) -> float:
+    """The level between the two experts of a model; 1 where it has one transformer. `expert` must go with that."""
+    boundary = None if is_workdir(path) else read_index(path).boundary
+    if boundary is None and expert:
+        raise UserError(f"train.expert={expert} needs a model folder with two experts, and {path} has one transformer")
+    if boundary is not None and not expert:
+        raise UserError(
+            f"{path} has two experts: train.expert=high tunes the one for levels from {boundary:g} up, low the other"
+        )
+    return 1.0 if boundary is None else boundary
 
 
 def tokenizer_of(name: str) -> Tokenizer:
@@ -109,7 +133,7 @@ def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> Run:
 def find_pretrained(name: str) -> epath.Path:
     """The folder of a shipped model's name, of a model folder, or of a run."""
     path = find_model(name)
-    if (path / "model_index.json").exists() or is_workdir(path):
+    if (path / INDEX).exists() or is_workdir(path):
         return path
     raise UserError(f"{name} is no shipped model, no model folder (model_index.json) and no workdir of a run")
 
@@ -126,17 +150,20 @@ def load_modules(
     modules: Mapping[str, Any],
     mesh: Mesh | None = None,
     *,
+    expert: str = "",
     may_differ: Collection[str] = (),
     dtype: DTypeLike = jnp.float32,
 ) -> Loaded:
     """The parameters of these modules (given as shapes, by name) in the model or run `name`; refuses other shapes.
 
     Adapters are never there: they begin anew. A run that has trained only some of the modules (a text encoder that can
-    read) gives these; one that has none is refused. Parts of a module named in `may_differ` are left out, each whole,
-    where their shapes are not the same.
+    read) gives these; one that has none is refused. Of two experts `expert` names the one wanted ("high", "low"). Parts
+    of a module named in `may_differ` are left out, each whole, where their shapes are not the same.
     """
     path = find_pretrained(name)
     modules = {module: shapes for module, shapes in modules.items() if module != ADAPTERS}
+    if "transformer" in modules:
+        _boundary(path, expert)
     loaded = load_run(path, mesh).params if is_workdir(path) else {}
     if is_workdir(path) and modules and not loaded.keys() & modules.keys():
         raise UserError(f"{path} has trained {', '.join(loaded)} and no {' or '.join(modules)}")
@@ -147,7 +174,8 @@ def load_modules(
                 continue
             params = jax.tree.map(lambda leaf: leaf.astype(dtype), loaded[module])
         elif module in FOLDERS:
-            params = load_component(path / FOLDERS[module].folder, FOLDERS[module], mesh=mesh, dtype=dtype)[1]
+            folder = SECOND if module == "transformer" and expert == "low" else FOLDERS[module].folder
+            params = load_component(path / folder, FOLDERS[module], mesh=mesh, dtype=dtype)[1]
         else:  # the text stage's reader belongs to no model
             continue
         for part in may_differ:

@@ -78,16 +78,18 @@ def _tuned(
     config = run.config
     base = find_pretrained(config.train.init)
     model = model_of_run(base, mesh=mesh) if is_workdir(base) else load_folder(base, mesh=mesh)
+    place = "transformer_2" if config.train.expert == "low" else "transformer"
     if config.train.learns == "lora":
-        transformer = merge_adapters(config.transformer, model.transformer, run.params[ADAPTERS])
+        transformer = merge_adapters(config.transformer, getattr(model, place), run.params[ADAPTERS])
     else:
         transformer = run.params["transformer"]
     facts = {"tuned from": config.train.init, **facts_of_run(config, run.step, workdir)}
     for of_base in ("words", "prompts"):  # its vocabulary has grown by words that are not known here
         facts.pop(of_base, None)
+    tuned: dict[str, Any] = {place: transformer}
     return dataclasses.replace(
         model,
-        transformer=transformer,
+        **tuned,
         autoencoder_config=autoencoder_config,
         autoencoder=autoencoder,
         defaults=dataclasses.replace(model.defaults, version=f"{workdir.name}-{run.step}", card=facts),
