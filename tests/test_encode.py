@@ -195,6 +195,17 @@ def test_command_encodes_the_world(capsys, tiny_model, tmp_path):
     assert (code, "was encoded with seed = 3, not 4" in err) == (2, True)
 
 
+def test_command_takes_another_mix_of_the_world(capsys, tiny_model, tmp_path):
+    size = ["--frames", 5, "--height", 32, "--width", 32, "--clips", 8, "--autoencoder", tiny_model]
+    others = "single=0,collision=0,occluder=0,pan=0,twins=1,together=0,apart=0"
+    code, _, err = run(capsys, "world", "--out", tmp_path / "twins", "--mix", others, *size)
+    assert code == 0, err
+    captions = [caption for record in LatentSource(tmp_path / "twins") for caption in record.captions]
+    assert all("two" in caption or "both" in caption or "pair" in caption for caption in captions), captions
+    code, _, err = run(capsys, "world", "--out", tmp_path / "twins", *size)
+    assert (code, "was encoded with mix" in err) == (2, True)
+
+
 def test_command_encodes_a_folder(capsys, tiny_model, tmp_path):
     (tmp_path / "mine").mkdir()
     for index in range(21):
@@ -216,6 +227,11 @@ def test_command_encodes_a_folder(capsys, tiny_model, tmp_path):
         (["world", "--clips", "5", "--fps", "12"], "--fps is for a folder, and the world has 8 frames a second"),
         (["world", "--clips", "0"], "a world has at least 1 clip, not 0"),
         (["world", "--clips", "5", "--split", "test"], 'no split "test"; known: heldout, train'),
+        (["world", "--clips", "5", "--sizes", "64"], '--sizes takes HxW,HxW,..., say 64x64,64x96: "64" is no size'),
+        (["world", "--clips", "5", "--mix", "pairs=1"], 'nothing in the world is called "pairs": did you mean "pair"?'),
+        (["world", "--clips", "5", "--mix", "pair"], '--mix takes NAME=WEIGHT,... with weights >= 0: "pair" is none'),
+        (["world", "--clips", "5", "--mix", "pair=-1"], '"pair=-1" is none'),
+        (["nowhere", "--mix", "pair=1"], "--mix is for the world, and this is a folder"),
         (["world", "--clips", "5", "--frames", "16"], "16 frames cannot be made: a video has 1 + 4k frames"),
         (["world", "--clips", "5", "--seed", "-1"], "seed must be a whole number from 0"),
         (["nowhere", "--clips", "5"], "--clips is for the world, and this is a folder"),

@@ -8,16 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sora_jax.errors import UserError
+from sora_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from sora_jax.data.sources import FolderSource, WorldClips
+    from sora_jax.data.world import Mix
     from sora_jax.training.encoding import Progress
 
 HELP = "encode clips to a cache of latents for training; goes on where it stopped"
 EXAMPLES = """
     sora-jax encode world --clips 100000 --out latents/world
     sora-jax encode world --clips 100000 --out latents/shapes --sizes 64x64,64x96,96x64
+    sora-jax encode world --clips 100000 --out latents/pairs --mix single=0.3,pair=0.6
     sora-jax encode my_videos --out latents/mine --height 128 --width 192 --fps 8
     sora-jax encode world --split heldout --clips 256 --out gs://bucket/heldout --autoencoder runs/autoencoder
 """
@@ -45,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="which clips of the world (0)")
     parser.add_argument(
         "--split", metavar="train|heldout", help="of the world: combinations for training, or never in it"
+    )
+    parser.add_argument(
+        "--mix",
+        metavar="NAME=WEIGHT,...",
+        help="how often things happen in the world, say pair=0.5,collision=0.2: kinds of shot, motions, sizes; a wrong "
+        "name lists them",
     )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="clips encoded at once (16)")
     parser.add_argument("--shard-size", type=int, default=1024, metavar="N", help="clips in a file of the cache (1024)")
@@ -105,6 +113,7 @@ def _check_world_flags(args: argparse.Namespace) -> None:
         ("--seed", args.seed, world),
         ("--split", args.split, world),
         ("--sizes", args.sizes, world),
+        ("--mix", args.mix, world),
         ("--fps", args.fps, not world),
     ):
         if value is not None and not wanted:
@@ -123,9 +132,8 @@ def _source(args: argparse.Namespace, step: int) -> WorldClips | FolderSource:
 
     size = {"frames": args.frames, "height": args.height, "width": args.width}
     if args.source == "world":
-        return WorldClips(
-            args.clips, seed=args.seed or 0, split=args.split or "train", sizes=_sizes(args.sizes), **size
-        )
+        which: dict[str, Any] = {"seed": args.seed or 0, "split": args.split or "train"}
+        return WorldClips(args.clips, **which, sizes=_sizes(args.sizes), mix=_mix(args.mix), **size)
     return FolderSource(args.source, fps=8.0 if args.fps is None else args.fps, step=step, **size)
 
 
@@ -138,6 +146,26 @@ def _sizes(text: str | None) -> list[tuple[int, int]]:
             raise UserError(f'--sizes takes HxW,HxW,..., say 64x64,64x96: "{part}" is no size')
         found.append((int(height), int(width)))
     return found
+
+
+def _mix(text: str | None) -> Mix:
+    """The world's mix with the weights that "pair=0.5,orbit=0.2" gives in place of the usual ones."""
+    import dataclasses
+
+    from sora_jax.data.world import Mix
+
+    usual, weights = dataclasses.asdict(Mix()), {}
+    for part in text.split(",") if text else ():
+        name, _, weight = part.strip().partition("=")
+        if name not in usual:
+            raise UserError(f'--mix: nothing in the world is called "{name}": {nearest(name, usual)}')
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            weights[name] = -1.0
+        if not 0 <= weights[name] < float("inf"):
+            raise UserError(f'--mix takes NAME=WEIGHT,... with weights >= 0: "{part}" is none')
+    return Mix(**usual | weights)
 
 
 @contextmanager
