@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from comparing import FRAMES, NEGATIVE, PROMPT, STEPS, assert_same_frames, draw, sizes, their_frames
 
 from sora_jax import Pipeline
 from sora_jax.errors import UserError
 from sora_jax.weights.layout import save_folder
-
-PROMPT, NEGATIVE = "a red ball bounces on the floor", "blue"
-FRAMES, STEPS = 9, 10
 
 
 @pytest.fixture(scope="module", params=["t2v", "a14b", "ti2v"])
@@ -24,40 +22,6 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     theirs.set_progress_bar_config(disable=True)
     path = reference.save(theirs, tmp_path_factory.mktemp("model") / request.param)
     return request.param, theirs, Pipeline.load(path, dtype="float32")
-
-
-def sizes(pipe: Pipeline) -> dict[str, int]:
-    return {"height": 4 * pipe.stride.height, "width": 6 * pipe.stride.width}
-
-
-def draw(pipe: Pipeline) -> np.ndarray:
-    F = 1 + (FRAMES - 1) // pipe.stride.time
-    return np.random.default_rng(0).normal(size=(F, 4, 6, pipe.folder.autoencoder_config.z_dim)).astype(np.float32)
-
-
-def their_frames(theirs: Any, noise: np.ndarray, sizes: dict[str, int], **options: Any) -> np.ndarray:
-    import torch
-
-    latents = torch.from_numpy(np.moveaxis(noise, -1, 0)[None].copy())
-    made = theirs(
-        prompt=PROMPT,
-        negative_prompt=NEGATIVE,
-        num_frames=FRAMES,
-        num_inference_steps=STEPS,
-        latents=latents,
-        output_type="np",
-        **sizes,
-        **options,
-    )
-    return np.asarray(made.frames[0])
-
-
-def assert_same_frames(ours: np.ndarray, theirs: np.ndarray) -> None:
-    assert ours.shape == theirs.shape
-    assert theirs.std() > 0.05, "there is something to see"
-    assert np.abs(ours - theirs).max() <= 2e-3
-    within = np.abs(np.round(ours * 255) - np.round(theirs * 255)) <= 1
-    assert within.mean() >= 0.999
 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpmpp_2m", "euler"])
