@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sora_jax.bench.timing import median_seconds
-from sora_jax.bench.wan_rows import LATENTS, LAYERS, LEAST, SMALL, TEXT, UMT5, VIDEO
+from sora_jax.bench.wan_rows import LATENTS, LAYERS, LEAST, SMALL, TEXT, UMT5, VIDEO, WARM
 
 
 def _transformer() -> tuple[Any, Any]:
@@ -26,7 +26,7 @@ def wan_transformer_forward(model: str) -> float:
     del model
     network, inputs = _transformer()
     with torch.no_grad():
-        return median_seconds(lambda: network(*inputs, return_dict=False), least=LEAST)
+        return median_seconds(lambda: network(*inputs, return_dict=False), warm=WARM, least=LEAST)
 
 
 def wan_train_step(model: str) -> float:
@@ -41,7 +41,7 @@ def wan_train_step(model: str) -> float:
         (network(*inputs, return_dict=False)[0] - 1.0).square().mean().backward()
         optimizer.step()
 
-    return median_seconds(work, least=LEAST)
+    return median_seconds(work, warm=WARM, least=LEAST)
 
 
 def _autoencoder() -> Any:
@@ -56,7 +56,7 @@ def wan_encode(model: str) -> float:
     del model
     network, x = _autoencoder(), torch.rand(1, 3, *VIDEO[1:4])
     with torch.no_grad():
-        return median_seconds(lambda: network.encode(x), least=LEAST)
+        return median_seconds(lambda: network.encode(x), warm=WARM, least=LEAST)
 
 
 def wan_decode(model: str) -> float:
@@ -65,7 +65,7 @@ def wan_decode(model: str) -> float:
     del model
     network, x = _autoencoder(), torch.randn(1, SMALL["z_dim"], 5, 16, 16)
     with torch.no_grad():
-        return median_seconds(lambda: network.decode(x), least=LEAST)
+        return median_seconds(lambda: network.decode(x), warm=WARM, least=LEAST)
 
 
 def umt5(model: str) -> float:
@@ -76,7 +76,7 @@ def umt5(model: str) -> float:
     network = transformers.UMT5EncoderModel(transformers.UMT5Config(feed_forward_proj="gated-gelu", **UMT5)).eval()
     ids = torch.randint(3, 32_000, (1, TEXT))
     with torch.no_grad():
-        return median_seconds(lambda: network(ids, torch.ones_like(ids)), least=LEAST)
+        return median_seconds(lambda: network(ids, torch.ones_like(ids)), warm=WARM, least=LEAST)
 
 
 ROWS: dict[str, Callable[[str], float]] = {
