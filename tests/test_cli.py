@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sora_jax import cli, commands
-from sora_jax.commands import sample
+from sora_jax.commands import jobs as asked
 from sora_jax.errors import UserError
 from sora_jax.media import read_media
 from sora_jax.record import Record
@@ -322,8 +322,8 @@ def test_the_console_as_a_user_types_it(here, tiny_model):
 # ---------------------------------------------------------------------------------------------------------- planning
 
 
-def plan(*argv: str, like: Record | None = None) -> list[sample.Job]:
-    return sample.plan(cli.parse(["sample", *argv]), like)
+def plan(*argv: str, like: Record | None = None) -> list[asked.Job]:
+    return asked.plan(cli.parse(["sample", *argv]), like)
 
 
 def test_prompts_come_from_files(here):
@@ -339,8 +339,8 @@ def test_prompts_come_from_files(here):
 
 
 def test_batches_share_a_negative_prompt():
-    jobs = [sample.Job(str(i), negative, i, "x") for i, negative in enumerate(["a", "a", "a", "b", "b", "a"])]
-    grouped = [[job.seed for job in batch] for batch in sample.batches(jobs, 2)]
+    jobs = [asked.Job(str(i), negative, i, "x") for i, negative in enumerate(["a", "a", "a", "b", "b", "a"])]
+    grouped = [[job.seed for job in batch] for batch in asked.batches(jobs, 2)]
     assert grouped == [[0, 1], [2], [3, 4], [5]]
 
 
@@ -373,7 +373,7 @@ def test_broken_prompt_files_are_one_line(here, name, text, message):
     ],
 )
 def test_file_names_come_from_prompts(prompt, name):
-    assert sample.slug(prompt) == name
+    assert asked.slug(prompt) == name
 
 
 # ---------------------------------------------------------------------------------------------------------- devices

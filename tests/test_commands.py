@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sora_jax import cli
-from sora_jax.commands import sample
+from sora_jax.commands import jobs as asked
 from sora_jax.data.world.words import world_prompts, world_words
 from sora_jax.pipeline import Pipeline
 from sora_jax.record import Record
@@ -306,10 +306,10 @@ def test_words_that_were_never_read_are_named_once_with_the_nearest_prompt():
     card = {"words": ["a", "red", "ball", "bounces", "on", "the", "floor", "falls"]}
     card["prompts"] = ["a ball falls", "a red ball bounces on the floor"]
     jobs = [
-        sample.Job(prompt, None, 0, "x") for prompt in ("a red dragon bounces on the floor", "a Ball flies, flies!")
+        asked.Job(prompt, None, 0, "x") for prompt in ("a red dragon bounces on the floor", "a Ball flies, flies!")
     ]
     with pytest.warns(UserWarning, match="never read") as caught:
-        sample.warn_of_unknown_words(jobs, "world-1", card)
+        asked.warn_of_unknown_words(jobs, "world-1", card)
     (warning,) = caught
     text = str(warning.message)
     assert text.startswith('world-1 has never read "dragon", "flies"')
@@ -317,11 +317,11 @@ def test_words_that_were_never_read_are_named_once_with_the_nearest_prompt():
 
 
 def test_no_warning_where_all_is_known_or_nothing_is_said():
-    jobs = [sample.Job("a red ball", None, 0, "x")]
+    jobs = [asked.Job("a red ball", None, 0, "x")]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sample.warn_of_unknown_words(jobs, "world-1", {"words": ["a", "red", "ball"]})
-        sample.warn_of_unknown_words(jobs, "open-model", {})
+        asked.warn_of_unknown_words(jobs, "world-1", {"words": ["a", "red", "ball"]})
+        asked.warn_of_unknown_words(jobs, "open-model", {})
 
 
 def test_words_of_a_text():
