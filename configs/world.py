@@ -44,6 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
         "frames": 17,
         "height": 64,
         "width": 64,
+        "mix": {"single": 0.28, "pair": 0.47, "collision": 0.15},  # two objects are what it is slow to learn
         "fps": 8.0,
         "image_share": 0.15,
         "caption_dropout": 0.1,

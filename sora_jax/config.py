@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from etils import epath
 
+from sora_jax.data.world.scene import Mix
 from sora_jax.diffusion.levels import LevelsConfig
 from sora_jax.errors import UserError, nearest
 from sora_jax.models.autoencoder import AutoencoderConfig
@@ -47,6 +48,7 @@ class DataConfig:
     height: int = 64
     width: int = 64
     sizes: tuple[tuple[int, int], ...] = ()  # of the world's clips in turn, (height, width); () = height x width alone
+    mix: Mix = field(default_factory=Mix)  # how often each thing happens in the world
     fps: float = 8.0
     image_share: float = 0.3  # of the clips, cut to one frame
     prefix_share: float = 0.0  # of the clips, cut to a shorter one (diffusion stage)

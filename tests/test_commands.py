@@ -305,9 +305,7 @@ def test_every_bench_row_is_described_and_measurable():
 def test_words_that_were_never_read_are_named_once_with_the_nearest_prompt():
     card = {"words": ["a", "red", "ball", "bounces", "on", "the", "floor", "falls"]}
     card["prompts"] = ["a ball falls", "a red ball bounces on the floor"]
-    jobs = [
-        asked.Job(prompt, None, 0, "x") for prompt in ("a red dragon bounces on the floor", "a Ball flies, flies!")
-    ]
+    jobs = [asked.Job(prompt, None, 0, "x") for prompt in ("a red dragon bounces on the floor", "a Ball flies, flies!")]
     with pytest.warns(UserWarning, match="never read") as caught:
         asked.warn_of_unknown_words(jobs, "world-1", card)
     (warning,) = caught

@@ -162,9 +162,7 @@ def _mix(text: str | None) -> Mix:
         try:
             weights[name] = float(weight)
         except ValueError:
-            weights[name] = -1.0
-        if not 0 <= weights[name] < float("inf"):
-            raise UserError(f'--mix takes NAME=WEIGHT,... with weights >= 0: "{part}" is none')
+            raise UserError(f'--mix takes NAME=WEIGHT,..., say pair=0.5: "{part}" is none') from None
     return Mix(**usual | weights)
 
 

@@ -73,7 +73,7 @@ def _world(data: DataConfig) -> ClipSource:
     """Part b takes the clips from b * rows on, of `data.clips`; held out are combinations that these never show."""
 
     def clips(split: str, frames: int) -> WorldSource:
-        return WorldSource(data.seed, data.clips, split, frames=frames, height=data.height, width=data.width)
+        return WorldSource(data.seed, data.clips, split, frames, data.height, data.width, data.mix)
 
     def draw(number: int, rows: int, images: bool) -> Clips:
         source = clips("train", 1 if images else data.frames)

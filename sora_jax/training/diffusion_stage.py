@@ -116,7 +116,7 @@ def make_latents(context: Context) -> epath.Path:
     size: dict[str, Any] = {"frames": data.frames, "height": data.height, "width": data.width}
     source: Clips
     if data.source == "world":
-        source = WorldClips(data.clips, seed=data.seed, sizes=data.sizes, **size)
+        source = WorldClips(data.clips, seed=data.seed, sizes=data.sizes, mix=data.mix, **size)
     else:
         source = FolderSource(data.source, fps=data.fps, step=config.stride.time, **size)
     said = -1

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
+from sora_jax.errors import UserError
+
 # Objects are saturated and at least 20 degrees of hue apart; grounds are muted. That is what makes tracking by
 # colour exact, and it also looks better than saturated colour on saturated colour.
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -217,6 +219,11 @@ class Mix:
     twins: float = 0.45
     together: float = 0.25
     apart: float = 0.30
+
+    def __post_init__(self) -> None:
+        for name, weight in vars(self).items():
+            if not 0 <= weight < float("inf"):
+                raise UserError(f"the world's mix has weights >= 0: {name} cannot be {weight}")
 
 
 HELDOUT_SHARE = 10  # one combination in ten
