@@ -15,7 +15,8 @@ alone, from nothing, for 1,800 steps of 12 clips in bfloat16 (54 min on two core
     sora-jax train --config world_autoencoder --workdir runs/decoder --config.train.init=runs/world_autoencoder
     ... --config.reconstruction.train_encoder=False --config.reconstruction.kl=0 --config.train.dtype=bfloat16
 
-Latents that were cached stay good under a decoder that learns alone. What it reaches: docs/world.md.
+Latents that were cached stay good under a decoder that learns alone. At last both went on together, for 1,300 steps of
+12 clips in bfloat16 at a peak rate of 2e-3: from 31.5 to 32.7 dB on held-out clips. What it reaches: docs/world.md.
 """
 
 import ml_collections
