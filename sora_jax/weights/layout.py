@@ -200,7 +200,7 @@ def save_folder(
         if model.transformer_2 is not None:
             save_component(folder / SECOND, TRANSFORMER, model.transformer_config, model.transformer_2, dtype=dtype)
         save_tokenizer(folder / "tokenizer", model.tokenizer)
-        (folder / "scheduler").mkdir()
+        (folder / "scheduler").mkdir(exist_ok=True)
         write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler.to_dict())
         write_json(folder / OURS, model.defaults.to_dict())
         if card is not None:
@@ -211,7 +211,7 @@ def save_folder(
 
 def save_tokenizer(folder: epath.Path, tokenizer: Tokenizer) -> None:
     """Write what `load_tokenizer` reads."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "tokenizer_config.json", tokenizer.to_dict())
     if isinstance(tokenizer, SubwordTokenizer):
         (folder / "tokenizer.json").write_text(tokenizer.definition)
