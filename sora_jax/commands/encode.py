@@ -154,7 +154,8 @@ def _mix(text: str | None) -> Mix:
 
     from sora_jax.data.world import Mix
 
-    usual, weights = dataclasses.asdict(Mix()), {}
+    weights: dict[str, float] = {}
+    usual = [field.name for field in dataclasses.fields(Mix)]
     for part in text.split(",") if text else ():
         name, _, weight = part.strip().partition("=")
         if name not in usual:
@@ -163,7 +164,7 @@ def _mix(text: str | None) -> Mix:
             weights[name] = float(weight)
         except ValueError:
             raise UserError(f'--mix takes NAME=WEIGHT,..., say pair=0.5: "{part}" is none') from None
-    return Mix(**usual | weights)
+    return dataclasses.replace(Mix(), **weights)
 
 
 @contextmanager

@@ -107,8 +107,7 @@ def _kernel_gradient(
     def tap(i: int, j: int) -> jax.Array:
         high, wide = (stride * (n - 1) + 1 for n in dy.shape[2:4])
         read = x[:, :, i : i + high : stride, j : j + wide : stride].reshape(-1, x.shape[-1])
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
-        return jax.lax.dot_general(read, rows, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+        return layers.contract(read, rows, (0,), (0,))
 
     return jnp.stack([jnp.stack([tap(i, j) for j in range(size[1])]) for i in range(size[0])])
 

@@ -21,6 +21,21 @@ def draw(pipe: Pipeline) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(F, 4, 6, pipe.folder.autoencoder_config.z_dim)).astype(np.float32)
 
 
+def our_frames(pipe: Pipeline, noise: np.ndarray, **options: Any) -> np.ndarray:
+    video = pipe.sample(
+        PROMPT,
+        negative_prompt=NEGATIVE,
+        frames=FRAMES,
+        steps=STEPS,
+        guidance=4.0,
+        noise=noise,
+        output="float32",
+        **sizes(pipe),
+        **options,
+    )
+    return np.asarray(video.frames)
+
+
 def their_frames(theirs: Any, noise: np.ndarray, sizes: dict[str, int], **options: Any) -> np.ndarray:
     import torch
 

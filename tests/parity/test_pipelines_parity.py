@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comparing import FRAMES, NEGATIVE, PROMPT, STEPS, assert_same_frames, draw, sizes, their_frames
+from comparing import FRAMES, PROMPT, assert_same_frames, draw, our_frames, sizes, their_frames
 
 from sora_jax import Pipeline
 from sora_jax.errors import UserError
@@ -33,20 +33,8 @@ def test_frames_from_text(both, solver: str):
     noise = draw(pipe)
     options = {"guidance_scale": 4.0} | ({"guidance_scale_2": 3.0} if kind == "a14b" else {})
     expected = their_frames(theirs, noise, sizes(pipe), **options)
-    video = pipe.sample(
-        PROMPT,
-        negative_prompt=NEGATIVE,
-        frames=FRAMES,
-        steps=STEPS,
-        guidance=4.0,
-        guidance_low=3.0 if kind == "a14b" else None,
-        solver=solver,
-        shift=5.0,
-        noise=noise,
-        output="float32",
-        **sizes(pipe),
-    )
-    assert_same_frames(video.frames, expected)
+    made = our_frames(pipe, noise, guidance_low=3.0 if kind == "a14b" else None, solver=solver, shift=5.0)
+    assert_same_frames(made, expected)
 
 
 def test_frames_from_a_first_frame(both):
@@ -71,21 +59,10 @@ def test_frames_from_a_first_frame(both):
     animate.set_progress_bar_config(disable=True)
     picture = PIL.Image.fromarray(image)
     expected = their_frames(animate, noise, sizes(pipe), image=picture, guidance_scale=4.0)
-    video = pipe.sample(
-        PROMPT,
-        image=image,
-        negative_prompt=NEGATIVE,
-        frames=FRAMES,
-        steps=STEPS,
-        guidance=4.0,
-        solver={"UniPCMultistepScheduler": "unipc", "DPMSolverMultistepScheduler": "dpmpp_2m"}.get(
-            type(animate.scheduler).__name__, "euler"
-        ),
-        noise=noise,
-        output="float32",
-        **sizes(pipe),
+    solver = {"UniPCMultistepScheduler": "unipc", "DPMSolverMultistepScheduler": "dpmpp_2m"}.get(
+        type(animate.scheduler).__name__, "euler"
     )
-    assert_same_frames(video.frames, expected)
+    assert_same_frames(our_frames(pipe, noise, image=image, solver=solver), expected)
 
 
 def test_the_reference_makes_the_same_of_our_export(both, tmp_path):

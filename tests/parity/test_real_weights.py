@@ -13,9 +13,8 @@ import gc
 import os
 
 import jax
-import numpy as np
 import pytest
-from comparing import FRAMES, NEGATIVE, PROMPT, STEPS, assert_same_frames, draw, sizes, their_frames
+from comparing import assert_same_frames, draw, our_frames, sizes, their_frames
 
 from sora_jax import Pipeline
 from sora_jax.weights.shipped import find_model
@@ -36,20 +35,8 @@ def test_frames_are_the_reference_s():
     path = find_model(MODEL)
     pipe = Pipeline.load(path, dtype="float32")
     noise, size, shift = draw(pipe), sizes(pipe), pipe.folder.scheduler.shift
-    made = pipe.sample(
-        PROMPT,
-        negative_prompt=NEGATIVE,
-        frames=FRAMES,
-        steps=STEPS,
-        guidance=4.0,
-        solver="unipc",
-        shift=shift,
-        noise=noise,
-        output="float32",
-        **size,
-    )
-    ours = np.array(made.frames)
-    del pipe, made
+    ours = our_frames(pipe, noise, solver="unipc", shift=shift)
+    del pipe
     jax.clear_caches()
     gc.collect()
 
