@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 
 from sora_jax import cli
@@ -22,6 +23,7 @@ from sora_jax.training.adapters import complete, merge_adapters, split_adapters
 from sora_jax.training.loop import train
 from sora_jax.training.pretrained import load_run
 from sora_jax.weights.layout import load_folder, save_folder
+from sora_jax.weights.safetensors_io import read_header
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_training")]
 
@@ -136,6 +138,21 @@ def test_a_run_of_adapters_leaves_the_model_and_hands_back_both(
         assert says in capsys.readouterr().err
 
 
+def test_adapters_learn_only_where_they_are_asked_for(config: Config, tiny_model: Path, tmp_path: Path):
+    only = override(config, ["transformer.lora_targets=cross_attn.k,ffn"])
+    train(only, tmp_path / "run", say=lambda line: None)
+    base, tuned = load_folder(tiny_model), Pipeline.load(tmp_path / "run", dtype="float32").folder
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), tuned.transformer, base.transformer)
+    changed = {".".join(map(str, path)) for path, leaf in nnx.to_flat_state(moved) if leaf.get_value()}
+    assert changed == {f"blocks.{module}.kernel" for module in ("cross_attn.k", "ffn.in_proj", "ffn.out_proj")}
+
+    file = tmp_path / "some.safetensors"
+    assert cli.main(["export", str(tmp_path / "run"), str(file), "--layout", "lora"]) == 0
+    names = {re.sub(r"^transformer\.blocks\.\d+\.", "", name) for name in read_header(epath.Path(file))}
+    modules = ("attn2.to_k", "ffn.net.0.proj", "ffn.net.2")
+    assert names == {f"{module}.lora_{half}.weight" for module in modules for half in "AB"}
+
+
 def test_the_transformer_alone_learns(config: Config, tiny_model: Path, tmp_path: Path):
     only = override(config, ["train.learns=transformer", "transformer.lora_rank=0"])
     said: list[str] = []
@@ -215,6 +232,10 @@ def test_what_does_not_fit_together_is_refused(config: Config):
         (["transformer.lora_rank=0"], "adapters that learn have a rank of at least 1"),
         (["train.learns=all"], "adapters that learn have a rank of at least 1, and others none"),
         (["transformer.lora_rank=-1"], "must be >= 0"),
+        (
+            ["transformer.lora_targets=cross_attn.key"],
+            'lora_targets .cross_attn.key.: did you mean "cross_attn.k"',
+        ),
     ):
         with pytest.raises(UserError, match=words):
             override(config, changes)

@@ -52,6 +52,15 @@ REMAT: Mapping[str, Callable[..., Any] | None] = {
 }
 
 
+LORA_TARGETS = (
+    "self_attn",
+    "cross_attn",
+    "ffn",
+    *(f"{name}.{part}" for name in ("self_attn", "cross_attn") for part in ("q", "k", "v", "out")),
+    "ffn.in_proj",
+    "ffn.out_proj",
+)
+
 MODEL_TIME = float(TRAIN_STEPS)
 
 
@@ -80,6 +89,7 @@ class TransformerConfig:
     remat: str = "none"  # what the backward pass recomputes: one of REMAT
     lora_rank: int = 0  # of low-rank adapters beside the kernels of attention and MLP; 0: none
     lora_alpha: float = 0.0  # they are scaled by alpha / rank; 0: by 1
+    lora_targets: str = "self_attn,cross_attn,ffn"  # what of a block has them: these, or parts, "cross_attn.k"
 
     def __post_init__(self) -> None:
         if self.lora_rank < 0 or self.lora_alpha < 0:
@@ -88,16 +98,24 @@ class TransformerConfig:
             raise UserError(f"head_dim {self.head_dim} cannot be made: it must be even and at least 6")
         if self.remat not in REMAT:
             raise UserError(f"unknown remat policy {self.remat!r}: {nearest(self.remat, REMAT)}")
+        for target in self.lora_targets.split(","):
+            if target not in LORA_TARGETS:
+                raise UserError(f"unknown lora_targets {target!r}: {nearest(target, LORA_TARGETS)}")
 
     @property
     def dim(self) -> int:
         return self.n_heads * self.head_dim
 
+    def low_rank(self, module: str) -> LowRank | None:
+        """The adapter beside the kernel of that module of a block ("cross_attn.k"); None where it has none."""
+        wanted = self.lora_targets.split(",")
+        if self.lora_rank and (module in wanted or module.partition(".")[0] in wanted):
+            return LowRank(self.lora_rank, self.lora_scale)
+        return None
+
     @property
-    def low_rank(self) -> LowRank | None:
-        if not self.lora_rank:
-            return None
-        return LowRank(self.lora_rank, (self.lora_alpha or self.lora_rank) / self.lora_rank)
+    def lora_scale(self) -> float:
+        return (self.lora_alpha or self.lora_rank) / self.lora_rank
 
 
 class MLP(nnx.Module):
@@ -111,10 +129,10 @@ class MLP(nnx.Module):
         *,
         act: Callable[[jax.Array], jax.Array],
         rngs: nnx.Rngs,
-        low_rank: LowRank | None = None,
+        low_rank: tuple[LowRank | None, LowRank | None] = (None, None),
     ):
-        self.in_proj = Linear(n_in, n_hidden, ("embed", "mlp"), rngs=rngs, low_rank=low_rank)
-        self.out_proj = Linear(n_hidden, n_out, ("mlp", "embed"), rngs=rngs, low_rank=low_rank)
+        self.in_proj = Linear(n_in, n_hidden, ("embed", "mlp"), rngs=rngs, low_rank=low_rank[0])
+        self.out_proj = Linear(n_hidden, n_out, ("mlp", "embed"), rngs=rngs, low_rank=low_rank[1])
         self.act = act
 
     def __call__(self, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
@@ -126,14 +144,15 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of `x` over `source`, with RMSNorm of queries and keys over the full width."""
+    """Multi-head attention of `x` over `source`, with RMSNorm of queries and keys over the full width; `name` is its
+    own in the block."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        dim, low_rank = config.dim, config.low_rank
-        self.q = Linear(dim, dim, ("embed", "qkv"), rngs=rngs, low_rank=low_rank)
-        self.k = Linear(dim, dim, ("embed", "qkv"), rngs=rngs, low_rank=low_rank)
-        self.v = Linear(dim, dim, ("embed", "qkv"), rngs=rngs, low_rank=low_rank)
-        self.out = Linear(dim, dim, ("qkv", "embed"), rngs=rngs, low_rank=low_rank)
+    def __init__(self, config: TransformerConfig, name: str, *, rngs: nnx.Rngs):
+        dim = config.dim
+        self.q = Linear(dim, dim, ("embed", "qkv"), rngs=rngs, low_rank=config.low_rank(f"{name}.q"))
+        self.k = Linear(dim, dim, ("embed", "qkv"), rngs=rngs, low_rank=config.low_rank(f"{name}.k"))
+        self.v = Linear(dim, dim, ("embed", "qkv"), rngs=rngs, low_rank=config.low_rank(f"{name}.v"))
+        self.out = Linear(dim, dim, ("qkv", "embed"), rngs=rngs, low_rank=config.low_rank(f"{name}.out"))
         self.q_norm = RMSNorm(dim, "qkv", eps=config.eps, rngs=rngs)
         self.k_norm = RMSNorm(dim, "qkv", eps=config.eps, rngs=rngs)
         self.n_heads = config.n_heads
@@ -165,10 +184,11 @@ class Block(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         dim = config.dim
         self.modulation = param(rngs, normal(dim**-0.5), (6, dim), (None, "embed"))
-        self.self_attn = Attention(config, rngs=rngs)
+        self.self_attn = Attention(config, "self_attn", rngs=rngs)
         self.cross_norm = LayerNorm(dim, eps=config.eps, rngs=rngs)
-        self.cross_attn = Attention(config, rngs=rngs)
-        self.ffn = MLP(dim, config.ffn_dim, dim, act=gelu_tanh, rngs=rngs, low_rank=config.low_rank)
+        self.cross_attn = Attention(config, "cross_attn", rngs=rngs)
+        adapters = (config.low_rank("ffn.in_proj"), config.low_rank("ffn.out_proj"))
+        self.ffn = MLP(dim, config.ffn_dim, dim, act=gelu_tanh, rngs=rngs, low_rank=adapters)
         self.eps = config.eps
 
     def __call__(

@@ -61,7 +61,6 @@ def complete(kept: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, An
 
 def merge_adapters(config: TransformerConfig, transformer: nnx.State, adapters: nnx.State) -> nnx.State:
     """The transformer without adapters that computes the same: W + alpha / r A B for each kernel, in float32."""
-    assert config.low_rank is not None
     flat = dict(nnx.to_flat_state(transformer))
     added = dict(nnx.to_flat_state(adapters))
     for path, first in added.items():
@@ -70,6 +69,6 @@ def merge_adapters(config: TransformerConfig, transformer: nnx.State, adapters: 
         a, b = first.get_value(), added[*path[:-1], _NAMES[1]].get_value()
         kernel = flat[*path[:-1], "kernel"]
         product = jnp.einsum("...ir,...ro->...io", a, b, precision="highest")
-        wide = kernel.get_value().astype(jnp.float32) + config.low_rank.scale * product
+        wide = kernel.get_value().astype(jnp.float32) + config.lora_scale * product
         flat[*path[:-1], "kernel"] = kernel.replace(wide.astype(kernel.get_value().dtype))
     return nnx.from_flat_state(list(flat.items()))

@@ -13,6 +13,7 @@ Arrays come back bit for bit, on any mesh.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -34,6 +35,17 @@ _UNHASHED = frozenset({MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"})
 
 
 _log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def _silent_orbax() -> Iterator[None]:
+    """A manager that only reads warns, twice, that it does."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 class Restored(NamedTuple):
@@ -59,19 +71,22 @@ class Checkpoints:
         self._say = say
         self._read_only = read_only
         self._saving: int | None = None
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            item_names=("state", "notes"),
-            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "notes": ocp.JsonCheckpointHandler()},
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                create=not read_only,
-                read_only=read_only,
-                cleanup_tmp_directories=not read_only,  # what a killed run left half-written
-                enable_async_checkpointing=not read_only,
-                async_options=None if read_only else ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
-            ),
-        )
+        with _silent_orbax() if read_only else contextlib.nullcontext():
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                item_names=("state", "notes"),
+                item_handlers={"state": ocp.PyTreeCheckpointHandler(), "notes": ocp.JsonCheckpointHandler()},
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep,
+                    create=not read_only,
+                    read_only=read_only,
+                    cleanup_tmp_directories=not read_only,  # what a killed run left half-written
+                    enable_async_checkpointing=not read_only,
+                    async_options=(
+                        None if read_only else ocp.AsyncOptions(post_finalization_callback=self._write_manifest)
+                    ),
+                ),
+            )
 
     # ------------------------------------------------------------------------------------------------------------ save
 
