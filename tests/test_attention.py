@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.models.attention import attention, blockwise_attention, reference_attention, visible
+from sora_jax.models.attention import (
+    BLOCK,
+    attention,
+    blockwise_attention,
+    headwise_attention,
+    reference_attention,
+    visible,
+)
 
 B, N, M, K, D = 2, 37, 21, 3, 8
 
@@ -30,18 +37,19 @@ def draw(seed, n=N, m=M):
     return q, k, v, rng
 
 
-@pytest.fixture(params=["short rows", "blocks"])
-def form(request):
-    """The two forms behind `attention`: in one piece, and in blocks of 16 queries, which do not divide N."""
-    if request.param == "short rows":
-        return attention
-
-    def blocks(q, k, v, *, q_ids, kv_ids, block_ids=None):
-        return blockwise_attention(q, k, v, q_ids, kv_ids, block_ids, block_ids, block=16)
-
-    return blocks
+def in_blocks(q, k, v, *, q_ids, kv_ids, block_ids=None):
+    """Of 16 queries, which do not divide N."""
+    return blockwise_attention(q, k, v, q_ids, kv_ids, block_ids, block_ids, block=16)
 
 
+def by_head(q, k, v, *, q_ids, kv_ids):
+    return headwise_attention(q, k, v, q_ids, kv_ids)
+
+
+every_form = pytest.mark.parametrize("form", [attention, in_blocks, by_head])
+
+
+@every_form
 def test_tokens_meet_where_ids_are_equal_and_not_0(form):
     q, k, v, rng = draw(0)
     q_ids, kv_ids = rng.integers(0, 4, (B, N)), rng.integers(0, 3, (B, M))  # id 3 has no keys at all
@@ -53,6 +61,17 @@ def test_tokens_meet_where_ids_are_equal_and_not_0(form):
     np.testing.assert_array_equal(np.asarray(out)[blind], 0.0)
 
 
+def test_long_rows_meet_too():
+    """As `attention` takes them on the machine at hand: on a CPU head by head, in blocks that do not divide N."""
+    long = BLOCK + 13
+    q, k, v, rng = draw(5, n=long)
+    q_ids, kv_ids = rng.integers(0, 4, (B, long)), rng.integers(0, 3, (B, M))
+    seen = (q_ids[:, :, None] == kv_ids[:, None, :]) & (q_ids[:, :, None] > 0)
+    out = attention(q, k, v, q_ids=jnp.asarray(q_ids), kv_ids=jnp.asarray(kv_ids))
+    np.testing.assert_allclose(out, by_hand(q, k, v, seen), atol=2e-6)
+
+
+@pytest.mark.parametrize("form", [attention, in_blocks])
 def test_causal_over_blocks_of_frames(form):
     q, k, v, rng = draw(1, m=N)
     ids, blocks = rng.integers(1, 3, (B, N)), np.sort(rng.integers(0, 5, (B, N)))
@@ -61,6 +80,7 @@ def test_causal_over_blocks_of_frames(form):
     np.testing.assert_allclose(out, by_hand(q, k, v, seen), atol=2e-6)
 
 
+@every_form
 def test_other_segments_cannot_leak(form):
     """Perturbing one segment, hugely, changes no bit of another's output or of the gradient that reaches it."""
     q, k, v, _ = draw(2, m=N)
@@ -81,7 +101,7 @@ def test_other_segments_cannot_leak(form):
         np.testing.assert_array_equal(np.asarray(b)[:, ~first], 0.0)
 
 
-def test_gradients_of_both_forms_agree():
+def test_gradients_of_all_forms_agree():
     q, k, v, rng = draw(3, m=N)
     ids = jnp.asarray(rng.integers(0, 3, (B, N)))
 
@@ -90,9 +110,11 @@ def test_gradients_of_both_forms_agree():
 
     one = loss(lambda q, k, v: reference_attention(q, k, v, visible(ids, ids)))
     blocks = loss(lambda q, k, v: blockwise_attention(q, k, v, ids, ids, block=16))
-    for a, b in zip(one, blocks, strict=True):
+    heads = loss(lambda q, k, v: headwise_attention(q, k, v, ids, ids))
+    for a, b, c in zip(one, blocks, heads, strict=True):
         assert np.isfinite(a).all()
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_allclose(b, a, atol=1e-5)
+        np.testing.assert_allclose(c, a, atol=1e-5)
 
 
 def test_bias_is_added_to_the_scores():

@@ -11,6 +11,9 @@ Axes: B batch row, N queries, M keys, K heads, d head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -91,6 +94,24 @@ def blockwise_attention(
     return jnp.moveaxis(out, 0, 1).reshape(rows, n_blocks * block, heads, width)[:, :n]
 
 
+def headwise_attention(
+    q: Float[Array, "B N K d"],
+    k: Float[Array, "B M K d"],
+    v: Float[Array, "B M K d"],
+    q_ids: Int[Array, "B N"],
+    kv_ids: Int[Array, "B M"],
+) -> Float[Array, "B N K d"]:
+    """The same one head at a time: on a CPU, whose caches hold the scores of one head and not of all, and whose system
+    is asked for less memory each time, in 60 to 85 % of the time (4,680 tokens, 12 heads of 128)."""
+
+    def head(arrays: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        q_BNd, k_BMd, v_BMd = arrays
+        return blockwise_attention(q_BNd[:, :, None], k_BMd[:, :, None], v_BMd[:, :, None], q_ids, kv_ids)[:, :, 0]
+
+    out = jax.lax.map(head, (jnp.moveaxis(q, 2, 0), jnp.moveaxis(k, 2, 0), jnp.moveaxis(v, 2, 0)))
+    return jnp.moveaxis(out, 0, 2)
+
+
 def attention(
     q: Float[Array, "B N K d"],
     k: Float[Array, "B M K d"],
@@ -103,21 +124,30 @@ def attention(
     """Attention by ids; self-attention passes `segment_ids` twice, cross-attention `prompt_ids` against `text_ids`.
 
     `block_ids` (self-attention only) makes it causal over blocks: a token sees blocks up to its own.
-    Short rows are materialised in one piece. Long ones go block by block, and on TPU through the splash kernel where it
-    can take them; the choice follows the platform the program is compiled for, not the one it is traced on.
+    Short rows are materialised in one piece. Long ones go block by block; on a CPU head by head too, and on TPU through
+    the splash kernel, where rows and heads lie whole on their devices. The choice follows the platform the program is
+    compiled for, not the one it is traced on.
     """
     if q.shape[1] <= BLOCK:
         return reference_attention(q, k, v, visible(q_ids, kv_ids, block_ids, block_ids))
-    if block_ids is not None or q.shape[-1] % SPLASH_WIDTH or not _rows_and_heads_divide(q):
+    if block_ids is not None or not _rows_and_heads_divide(q):
         return blockwise_attention(q, k, v, q_ids, kv_ids, block_ids, block_ids)
+
+    def on_each_device(kernel: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+        heads, ids = spec(("batch", None, "heads", None)), spec(("batch", None))
+        return shard_over_mesh(kernel, (heads, heads, heads, ids, ids), heads)(*arrays)
 
     def splash(*arrays: jax.Array) -> jax.Array:
         from sora_jax.models.splash import splash_attention  # imports Pallas: half a second that only long rows pay
 
-        heads, ids = spec(("batch", None, "heads", None)), spec(("batch", None))
-        return shard_over_mesh(splash_attention, (heads, heads, heads, ids, ids), heads)(*arrays)
+        return on_each_device(splash_attention, *arrays)
 
-    return jax.lax.platform_dependent(q, k, v, q_ids, kv_ids, tpu=splash, default=blockwise_attention)
+    return jax.lax.platform_dependent(
+        *(q, k, v, q_ids, kv_ids),
+        cpu=partial(on_each_device, headwise_attention),
+        tpu=blockwise_attention if q.shape[-1] % SPLASH_WIDTH else splash,
+        default=blockwise_attention,
+    )
 
 
 def _rows_and_heads_divide(q: jax.Array) -> bool:
