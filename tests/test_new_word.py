@@ -3,9 +3,9 @@
 What a user would do, by the same doors: a folder of clips with captions, `train` with `train.learns=lora`, `export
 --layout lora`, `sample --lora`. Half of the folder are ordinary clips, so that the old words keep their meanings.
 
-Not reached yet. On 48 prompts 90 % are purple and 94 % a ball (before: none), and of 200 old prompts 61 % are whole
-where 69 % were. At a rate of 8e-4, on twice the clips: 65, 90 and 64 %. On the world-1 before this one, which knew
-less, a rate of 2e-3 taught 96 and 100 %.
+The adapters lie on the keys and values of the text cross-attention alone (Kumari et al. 2022, arXiv:2212.04488): what
+has no new word in it changes little. With adapters on every kernel the word was learned as well, and old prompts fell
+by 8 points. Captions are not dropped either, so that what is made without a prompt stays as it was.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sora_jax.record import Record
 
 pytestmark = pytest.mark.learning
 
-OF_EACH = 192  # clips of the new word, and as many of the old ones
+OF_EACH = 384  # clips of the new word, and as many of the old ones
 SINGLE = Mix(pair=0.0, collision=0.0, occluder=0.0, pan=0.0)
 OLD_PROMPTS, NEW_PROMPTS = 200, 48
 
@@ -73,9 +73,11 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data.source": folder,
         "data.held_out": 0,
         "data.image_share": 0.0,
+        "data.caption_dropout": 0.0,
         "train.init": "world",
         "train.learns": "lora",
         "transformer.lora_rank": 8,
+        "transformer.lora_targets": "cross_attn.k,cross_attn.v",
         "train.steps": 200,
         "train.batch_size": 24,
         "train.validate_every": 0,
@@ -113,7 +115,6 @@ def right(pipe: Pipeline) -> float:
     return float(np.mean([verdict.color and verdict.shape for verdict in verdicts]))
 
 
-@pytest.mark.xfail(strict=True, reason="old prompts lose 8 points, see the top of the file")
 def test_a_new_word_is_learned_and_the_old_ones_are_kept(adapters: Path):
     before, after = Pipeline.load("world"), Pipeline.load("world", lora=str(adapters))
     learned = [right(pipe) for pipe in (before, after)]
