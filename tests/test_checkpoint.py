@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import jax
@@ -217,6 +218,13 @@ def test_a_step_whose_commit_failed_is_never_the_newest(folder, mesh, like, monk
     assert again.steps() == [1, 2, 3, 9]
     assert not list(folder.glob("*tmp*"))
     again.close()
+
+
+def test_opening_to_read_says_nothing_and_silences_nobody_else(folder, caplog):
+    Checkpoints(folder, read_only=True).close()
+    assert not caplog.records
+    logging.getLogger("absl").warning("of somebody else")
+    assert [record.message for record in caplog.records] == ["of somebody else"]
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

@@ -1,4 +1,4 @@
-"""Adapters should teach `world` a word that it never read, and it should forget nothing: a "zorb" is a purple ball.
+"""Adapters teach `world` a word that it never read, and it forgets nothing to speak of: a "zorb" is a purple ball.
 
 What a user would do, by the same doors: a folder of clips with captions, `train` with `train.learns=lora`, `export
 --layout lora`, `sample --lora`. Half of the folder are ordinary clips, so that the old words keep their meanings.
