@@ -91,6 +91,12 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
+def mesh_size(axis: str) -> int:
+    """Devices along that axis of the mesh in use; 1 outside `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[axis]
+
+
 def shard_over_mesh(
     function: Callable[..., jax.Array], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec
 ) -> Callable[..., jax.Array]:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.models.attention import (
+from sora_jax.models.attention import attention
+from sora_jax.models.attention_forms import (
     BLOCK,
-    attention,
     blockwise_attention,
     headwise_attention,
     reference_attention,

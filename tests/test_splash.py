@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.models.attention import attention, reference_attention, visible
+from sora_jax.models.attention import attention
+from sora_jax.models.attention_forms import reference_attention, visible
 from sora_jax.models.splash import splash_attention
 from sora_jax.sharding import make_mesh
 
@@ -38,9 +39,12 @@ def test_kernel_equals_the_definition_with_its_gradients():
 
 
 @pytest.mark.plans
-@pytest.mark.parametrize(("topology", "sizes"), [("v5e:2x2", {"data": 2, "tensor": 2}), ("v5p:2x2x1", {"fsdp": 4})])
+@pytest.mark.parametrize(
+    ("topology", "sizes"),
+    [("v5e:2x2", {"data": 2, "tensor": 2}), ("v5p:2x2x1", {"fsdp": 4}), ("v5p:2x2x1", {"sequence": 4})],
+)
 def test_long_rows_compile_to_the_kernel_on_a_tpu_mesh(topology, sizes):
-    """Forward and backward of 4,096 tokens in bfloat16, sharded over rows and heads."""
+    """Forward and backward of 4,096 tokens in bfloat16, sharded over rows, heads or tokens."""
     pytest.importorskip("libtpu", reason="the TPU compiler comes with the tpu extra")
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
@@ -56,6 +60,8 @@ def test_long_rows_compile_to_the_kernel_on_a_tpu_mesh(topology, sizes):
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(rows, rows, rows, ids).compile()
-    assert compiled.as_text().count("tpu_custom_call") >= 3  # forward, dq, dkv
+    program = compiled.as_text()
+    assert program.count("tpu_custom_call") >= 3  # forward, dq, dkv
+    assert ("all-to-all" in program) == ("sequence" in sizes)
     scores = 4 * 4 * 4096 * 4096 * 4 // len(devices)
     assert compiled.memory_analysis().temp_size_in_bytes < scores / 2, "scores are never materialised"

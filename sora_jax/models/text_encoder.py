@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from sora_jax.errors import UserError
 from sora_jax.models import layers
-from sora_jax.models.attention import reference_attention, visible
+from sora_jax.models.attention_forms import reference_attention, visible
 
 
 @dataclass(frozen=True)
