@@ -143,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, "json", False):
                 with contextlib.redirect_stdout(sys.stderr):
                     document = args.command.run(args)
-                print(json.dumps(document))
+                if _is_chief():
+                    print(json.dumps(document))
             else:
                 args.command.run(args)
         return 0
@@ -173,15 +174,37 @@ def entry_point() -> NoReturn:
 
 
 def _announce(args: argparse.Namespace) -> None:
-    """The head of every run: what it runs on, and what stands idle."""
+    """The head of every run: what it runs on, and what stands idle. A command whose `CLUSTER` is True joins the other
+    processes of its run first; the head is the first one's to say."""
     from sora_jax.runtime import describe_devices, enable_compile_cache, keep_memory
 
     keep_memory()
     enable_compile_cache()
+    cluster = None
+    if getattr(args.command, "CLUSTER", False):
+        from sora_jax.cluster import join_cluster
+
+        cluster = join_cluster()
     devices = describe_devices(getattr(args, "dtype", None) or "auto")
-    _say(f"{__version__} · {devices.line}", separator=" ")
+    if not _is_chief():
+        return
+    processes = f" · {_processes()} processes ({cluster.name})" if cluster else ""
+    _say(f"{__version__} · {devices.line}{processes}", separator=" ")
     for line in devices.idle:
         _say(f"warning: {line}")
+
+
+def _is_chief() -> bool:
+    """Whether this is the only process of its run, or the first; the backend has been started."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def _processes() -> int:
+    import jax
+
+    return jax.process_count()
 
 
 @contextlib.contextmanager

@@ -160,15 +160,19 @@ def idle_accelerators(platform: str, root: Path = Path("/")) -> tuple[str, ...]:
     if cards and platform not in ("gpu", "cuda"):
         remedy = "unset it" if pinned else "pip install 'sora-jax[cuda]'"
         lines.append(f"an NVIDIA GPU is present but unused: {cause}; {remedy}")
-    chips = [
+    if tpu_chips(root) and platform != "tpu":
+        remedy = "unset it" if pinned else "pip install 'sora-jax[tpu]'"
+        lines.append(f"a TPU is present but unused: {cause}; {remedy}")
+    return tuple(lines)
+
+
+def tpu_chips(root: Path = Path("/")) -> list[Path]:
+    """The TPU chips plugged into the machine under `root`."""
+    return [
         device
         for device in (root / "sys/bus/pci/devices").glob("*")
         if _read(device / "vendor") == _GOOGLE and _read(device / "device") in _TPU_DEVICES
     ]
-    if chips and platform != "tpu":
-        remedy = "unset it" if pinned else "pip install 'sora-jax[tpu]'"
-        lines.append(f"a TPU is present but unused: {cause}; {remedy}")
-    return tuple(lines)
 
 
 def _read(path: Path) -> str:

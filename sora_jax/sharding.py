@@ -10,7 +10,7 @@ The table as logical -> mesh axes, with collisions rejected, follows jax-ml/jax-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -129,6 +129,37 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+class DataPart(NamedTuple):
+    """This process makes slice `part` of `parts` equal slices of every batch's rows."""
+
+    part: int
+    parts: int
+
+
+def data_part(mesh: Mesh) -> DataPart:
+    """Which rows of a batch lie on this process's devices. Processes that share rows, as where `sequence` or `tensor`
+    spans several, have the same part and make the same rows.
+
+    Raises `UserError` where the mesh cuts rows so that a process has no slice of its own.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    held: dict[int, set[int]] = {}  # shards by process
+    where: Mapping[Any, tuple[slice, ...]] = batch_sharding(mesh).devices_indices_map((shards,))
+    for device, index in where.items():
+        held.setdefault(device.process_index, set()).update(range(shards)[index[0]])
+    size = len(held[jax.process_index()])
+    for own in held.values():
+        first = min(own)
+        if own != {*range(first, first + size)} or first % size:
+            text = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items())
+            raise UserError(
+                f"mesh {text} gives the {len(held)} processes unequal slices of a batch: make data x fsdp a multiple "
+                "or a divisor of their number"
+            )
+    part, parts = min(held[jax.process_index()]) // size, shards // size
+    return DataPart(part, parts)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "sora_jax"
 LAYERS = [
     {"errors", "pytrees"},
     {"shapes", "record", "runtime", "vocabulary"},
-    {"sharding", "media"},
+    {"sharding", "media", "cluster"},
     {"tokens", "diffusion"},
     {"models"},
     {"canvas", "weights", "data"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import signal
 import subprocess
@@ -15,65 +14,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_run import STEPS, environment, flags, lines, make_home
 
-from sora_jax.data.latents import CacheInfo, LatentRecord, LatentWriter
 from sora_jax.training.checkpoint import Checkpoints
-
-STEPS = 24
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # less time to compile
-CONFIG = """
-import ml_collections
-
-def get_config():
-    config = ml_collections.ConfigDict()
-    config.transformer = {
-        "n_layers": 1, "n_heads": 1, "head_dim": 8, "ffn_dim": 16, "in_channels": 2, "out_channels": 2,
-        "patch": (1, 1, 1), "text_dim": 8, "frequency_dim": 8,
-    }
-    config.text_encoder = {"vocab_size": 384, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
-    config.data = {"held_out": 4, "row_tokens": 24, "row_text": 24, "groups": 6, "prefix_share": 0.2}
-    config.optimizer = {"name": "muon", "warmup_steps": 3, "learning_rate": 0.03}
-    config.train = {
-        "steps": STEPS, "batch_size": 2, "log_every": 1, "checkpoint_every": 3, "validate_every": 0, "sample_every": 0,
-    }
-    return config
-""".replace("STEPS", str(STEPS))
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config, a latent cache of 40 clips, and a place for compiled programs, so that only the first run compiles."""
-    home = tmp_path_factory.mktemp("resume")
-    (home / "tiny.py").write_text(CONFIG)
-    info = CacheInfo("noise", "0" * 16, (4, 16, 16), 2, {"noise": {"seed": 0}})
-    writer = LatentWriter(home / "latents", info, clips=40, clips_per_shard=16)
-    for shard in writer.missing():
-        with writer.shard(shard) as out:
-            for index in range(shard.start, shard.stop):
-                noise = np.random.default_rng(index).standard_normal((3, 2, 2, 2))
-                latents = (3.0 + 0.1 * noise).astype(np.float16)
-                out.add(LatentRecord(latents, (f"clip {index}",), (f"still {index}",), 8.0, f"{index}", (9, 32, 32)))
-    return home
+    return make_home(tmp_path_factory.mktemp("resume"))
 
 
-def start(home: Path, workdir: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "sora_jax", "train", "--config", str(home / "tiny.py"), "--workdir", str(workdir)]
-    command += [f"--config.data.latents={home / 'latents'}", *flags]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(home / "compiled")}
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": QUICK}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+def start(home: Path, workdir: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, *flags(home, workdir), *more]
+    return subprocess.Popen(command, env=environment(home), stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen) -> str:
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return errors
-
-
-def lines(workdir: Path) -> list[dict]:
-    path = workdir / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:

@@ -135,13 +135,17 @@ def test_batches_of_clips_mix_images_and_go_on_where_they_were(autoencoder_confi
         batches_of(override(config, ["data.seed=1"])).restore(state)
 
 
-def test_processes_share_a_batch_without_overlap(autoencoder_config: Config):
+def test_parts_of_a_batch_are_the_batch_and_go_on_as_one(autoencoder_config: Config):
     whole = batches_of(autoencoder_config, rows=4)
-    parts = [batches_of(autoencoder_config, rows=2, process_index=i, process_count=2) for i in (0, 1)]
+    parts = [batches_of(autoencoder_config, rows=2, part=i, parts=2) for i in (0, 1)]
     for number in (0, 3):
         np.testing.assert_array_equal(np.concatenate([part.batch(number) for part in parts]), whole.batch(number))
-    with pytest.raises(UserError, match="processes was 2 and is 1"):
-        whole.restore(parts[0].state())
+    next(parts[1])
+    whole.restore(parts[1].state())
+    expected = np.concatenate([part.batch(1) for part in parts])
+    np.testing.assert_array_equal(next(whole), expected)
+    for batches in (whole, *parts):
+        batches.close()
 
 
 def test_held_out_clips_are_combinations_that_training_never_shows(autoencoder_config: Config):

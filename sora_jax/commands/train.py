@@ -7,6 +7,7 @@ from typing import Any
 
 HELP = "train a model, or go on with a run that was stopped"
 OVERRIDES = True  # takes --config.a.b=value
+CLUSTER = True
 EXAMPLES = """
     sora-jax train --config world --workdir runs/world
     sora-jax train --config world --workdir runs/world --config.train.steps=20000

@@ -27,10 +27,10 @@ class BadRecordError(ValueError):
 
 
 @dataclass(frozen=True)
-class LatentRecord:
-    """One clip: normalised latents `[F, h, w, C]` (float16) and what is true of it."""
+class LatentHeader:
+    """What is known of a clip without its latents: enough to plan rows."""
 
-    latents: np.ndarray
+    shape: tuple[int, int, int, int]  # (F, h, w, C) of the latents
     captions: tuple[str, ...]  # alternatives for the whole clip
     captions_image: tuple[str, ...]  # alternatives for its first frame alone; may be empty
     fps: float
@@ -38,26 +38,16 @@ class LatentRecord:
     pixels: tuple[int, int, int]  # (T, H, W) of the frames
 
     def to_bytes(self) -> bytes:
-        header = {
-            "shape": list(self.latents.shape),
-            "captions": list(self.captions),
-            "captions_image": list(self.captions_image),
-            "fps": self.fps,
-            "source": self.source,
-            "pixels": list(self.pixels),
-        }
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        return len(text).to_bytes(4, "little") + text + np.ascontiguousarray(self.latents, "<f2").tobytes()
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> LatentRecord:
-        """The inverse of `to_bytes`; the latents are a read-only view of `data`. Raises `BadRecordError`."""
+    def from_bytes(cls, data: bytes) -> LatentHeader:
+        """The inverse of `to_bytes`. Raises `BadRecordError`."""
         try:
-            start = 4 + int.from_bytes(data[:4], "little")
-            header = json.loads(data[4:start])
-            latents = np.frombuffer(data, "<f2", offset=start).reshape(header["shape"])
+            header = json.loads(data)
+            frames, height, width, channels = header["shape"]
             return cls(
-                latents=latents,
+                shape=(frames, height, width, channels),
                 captions=tuple(header["captions"]),
                 captions_image=tuple(header["captions_image"]),
                 fps=float(header["fps"]),
@@ -65,7 +55,40 @@ class LatentRecord:
                 pixels=tuple(header["pixels"]),
             )
         except (ValueError, KeyError, TypeError) as error:
+            raise BadRecordError(f"no header of latents: {error}") from error
+
+
+@dataclass(frozen=True)
+class LatentRecord:
+    """One clip: normalised latents `[F, h, w, C]` (float16) and what is true of it, as in `LatentHeader`."""
+
+    latents: np.ndarray
+    captions: tuple[str, ...]
+    captions_image: tuple[str, ...]
+    fps: float
+    source: str
+    pixels: tuple[int, int, int]
+
+    @property
+    def header(self) -> LatentHeader:
+        frames, height, width, channels = self.latents.shape
+        shape = (frames, height, width, channels)
+        return LatentHeader(shape, self.captions, self.captions_image, self.fps, self.source, self.pixels)
+
+    def to_bytes(self) -> bytes:
+        text = self.header.to_bytes()
+        return len(text).to_bytes(4, "little") + text + np.ascontiguousarray(self.latents, "<f2").tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> LatentRecord:
+        """The inverse of `to_bytes`; the latents are a read-only view of `data`. Raises `BadRecordError`."""
+        start = 4 + int.from_bytes(data[:4], "little")
+        header = LatentHeader.from_bytes(data[4:start])
+        try:
+            latents = np.frombuffer(data, "<f2", offset=start).reshape(header.shape)
+        except ValueError as error:
             raise BadRecordError(f"no record of latents: {error}") from error
+        return cls(latents, header.captions, header.captions_image, header.fps, header.source, header.pixels)
 
 
 @dataclass(frozen=True)
@@ -97,6 +120,7 @@ class ShardEntry:
     bytes: int
     sizes: dict[str, int] = field(default_factory=dict)  # "FxHxW" of the latents -> records of that size
     longest_caption: str = ""
+    headers: bool = False  # whether the headers of all records follow after the records
     skipped: list[str] = field(default_factory=list)  # the clips that could not be read, with the reason
 
 

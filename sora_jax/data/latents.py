@@ -2,10 +2,11 @@
 
     FOLDER/
       manifest.json                       what was encoded, by which autoencoder, and the shards with counts and sizes
-      latents-00000.arrayrecord ...        one record = one clip
+      latents-00000.arrayrecord ...        one record = one clip; then their headers once more, without latents
 
 A record is a 4-byte little-endian length, that many bytes of JSON (captions, fps, source, sizes), and the normalised
 latents `[F, h, w, C]` in float16, C order. ArrayRecord keeps a checksum of every record, so bit rot is an error.
+The headers alone are what all processes of a run plan their rows from; each reads the latents of its own rows only.
 
 The autoencoder is causal: the first 1 + k latents of a clip are exactly the latents of its first 1 + stride.time * k
 frames, and the first latent is that of its first frame as an image. The cache therefore stores whole clips only;
@@ -22,7 +23,7 @@ import operator
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from sora_jax.data.latent_files import (
     MANIFEST,
     BadRecordError,
     CacheInfo,
+    LatentHeader,
     LatentRecord,
     Manifest,
     Shard,
@@ -44,7 +46,16 @@ from sora_jax.data.latent_files import (
 )
 from sora_jax.errors import UserError
 
-__all__ = ["BadRecordError", "CacheInfo", "LatentRecord", "LatentSource", "LatentWriter", "Shard", "ShardWriter"]
+__all__ = [
+    "BadRecordError",
+    "CacheInfo",
+    "LatentHeader",
+    "LatentRecord",
+    "LatentSource",
+    "LatentWriter",
+    "Shard",
+    "ShardWriter",
+]
 
 
 # --------------------------------------------------------------------------------------------------------------- write
@@ -135,11 +146,14 @@ class LatentWriter:
         from array_record.python import array_record_module
 
         name = f"latents-{shard.number:05d}.arrayrecord"
-        entry = ShardEntry(name, clips=shard.stop - shard.start, count=0, bytes=0)
+        entry = ShardEntry(name, clips=shard.stop - shard.start, count=0, bytes=0, headers=True)
         with whole_file(self.path / name) as temporary:
             file = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
             try:
-                yield ShardWriter(file, entry)
+                writer = ShardWriter(file, entry)
+                yield writer
+                for header in writer.headers:
+                    file.write(header)
             finally:
                 file.close()
         entry.bytes = file_size(self.path / name)
@@ -152,9 +166,11 @@ class ShardWriter:
 
     def __init__(self, file: Any, entry: ShardEntry):
         self._file, self._entry = file, entry
+        self.headers: list[bytes] = []
 
     def add(self, record: LatentRecord) -> None:
         self._file.write(record.to_bytes())
+        self.headers.append(record.header.to_bytes())
         entry, size = self._entry, "x".join(map(str, record.latents.shape[:3]))
         entry.count += 1
         entry.sizes[size] = entry.sizes.get(size, 0) + 1
@@ -208,13 +224,29 @@ class LatentSource(Sequence[LatentRecord]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             raise TypeError("a source is read record by record; give LatentSource start and stop")
+        shard, place = self._find(index)
+        return self._read(shard, place, LatentRecord.from_bytes)
+
+    def header(self, index: int) -> LatentHeader:
+        """What is known of a record without its latents; caches from before there were headers read it whole."""
+        shard, place = self._find(index)
+        entry = self._shards[shard]
+        if not entry.headers:
+            return self[index].header
+        return self._read(shard, entry.count + place, LatentHeader.from_bytes)
+
+    def _find(self, index: Any) -> tuple[int, int]:
+        """The shard of a record, and its place in there."""
         number = self._range[operator.index(index)]
         shard = bisect.bisect_right(self._ends, number)
-        first = self._ends[shard - 1] if shard else 0
+        return shard, number - (self._ends[shard - 1] if shard else 0)
+
+    def _read(self, shard: int, place: int, parse: Callable[[bytes], Any]) -> Any:
         try:
-            return LatentRecord.from_bytes(self._file(shard)[number - first])
+            return parse(self._file(shard)[place])
         except (RuntimeError, OSError, BadRecordError) as error:
-            raise BadRecordError(f"{self.path}/{self._shards[shard].file}, record {number - first}: {error}") from error
+            entry = self._shards[shard]
+            raise BadRecordError(f"{self.path}/{entry.file}, record {place % entry.count}: {error}") from error
 
     @property
     def sizes(self) -> Counter[tuple[int, int, int]]:
@@ -247,7 +279,8 @@ class LatentSource(Sequence[LatentRecord]):
             from array_record.python.array_record_data_source import ArrayRecordDataSource
 
             entry = self._shards[shard]
-            instruction = _FileInstruction(str(self._local(entry)), 0, entry.count, entry.count)
+            count = entry.count * (2 if entry.headers else 1)
+            instruction = _FileInstruction(str(self._local(entry)), 0, count, count)
             self._files.setdefault(shard, ArrayRecordDataSource([instruction]))
         return self._files[shard]
 

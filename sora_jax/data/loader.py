@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from sora_jax.data.latents import LatentSource
+from sora_jax.data.latents import BadRecordError, LatentSource
 from sora_jax.data.stream import Element, Elements, LoaderOptions, Records, Tokenize, random_stream, stream
 from sora_jax.errors import UserError
 from sora_jax.shapes import Stride
@@ -27,7 +27,6 @@ from sora_jax.tokens.packing import (
     ClipShape,
     FillRatio,
     FirstFit,
-    clip_shape,
     fill_ratio,
     fill_rows,
     steps_of_like_cost,
@@ -43,9 +42,9 @@ Batch = dict[str, np.ndarray]
 class LoaderStats(NamedTuple):
     """How a loader is doing, counted over the batches that were taken from it."""
 
-    elements: int  # read from the stream by this process
+    elements: int  # of the stream, packed or waiting for room
     epoch: float
-    bad_records: int  # different ones
+    bad_records: int  # different ones that were met here
     fill: FillRatio | None  # of the last batch
 
 
@@ -93,8 +92,7 @@ class Loader:
     @property
     def stats(self) -> LoaderStats:
         read = self._state["next"]
-        epoch = read * self.options.process_count / len(self._elements.source)
-        return LoaderStats(read, epoch, len(self._state["bad"]), self._fill)
+        return LoaderStats(read, read / len(self._elements.source), len(self._state["bad"]), self._fill)
 
     def close(self) -> None:
         """End its thread and processes; it gives no more batches."""
@@ -127,7 +125,7 @@ class Loader:
         with contextlib.closing(stream(self._elements, following)) as arriving:
             while True:
                 fit = FirstFit(**sizes, max_rows=options.rows * options.plan_steps, least=self._least)
-                clips: list[Clip] = []
+                packed: list[Element] = []
                 waiting: list[Element] = []
                 pending = collections.deque(carry)
                 while not fit.full and len(waiting) < max(options.rows, _LOOK_AHEAD):
@@ -137,32 +135,55 @@ class Loader:
                         break
                     else:
                         element, following = read, following + 1
-                    if element.latents is None:
+                    if element.size is None:
                         bad.add(element.record)
                         self._refuse_bad(bad, following, element.name)
-                        continue
-                    clip = Clip(element.latents, element.text)
-                    if fit.place(len(clips), clip_shape(clip, options.patch), element.name):
-                        clips.append(clip)
+                    elif fit.place(len(packed), element.shape(options.patch), element.name):
+                        packed.append(element)
                     else:
                         waiting.append(element)
-                if not clips:
+                if not packed:
                     return
                 carry = [*waiting, *pending]
                 carried = [element.number for element in carry]
-                after = {"next": following, "carry": carried, "bad": sorted(bad), "done": 0}
-                steps = self._deal(fit.rows, clips, following)
+                after = {"next": following, "carry": carried, "done": 0}
+                steps = self._deal(fit.rows, packed, following)
+                channels = packed[0].channels
                 for done in range(state["done"], len(steps)):
-                    batch = fill_rows(steps[done], clips, **sizes, patch=options.patch)
-                    yield batch, after if done + 1 == len(steps) else {**state, "done": done + 1}
+                    plan, clips = self._own_clips(steps[done], packed, bad, following)
+                    batch = fill_rows(plan, clips, **sizes, patch=options.patch, channels=channels)
+                    place = after if done + 1 == len(steps) else {**state, "done": done + 1}
+                    yield batch, {**place, "bad": sorted(bad)}
                 state = after
 
-    def _deal(self, rows: list[list[int]], clips: list[Clip], number: int) -> list[list[list[int]]]:
+    def _own_clips(
+        self, step: list[list[int]], packed: list[Element], bad: set[int], read: int
+    ) -> tuple[list[list[int]], list[Clip]]:
+        """This part's rows of a step, as a plan over its own clips. One that cannot be read leaves its place empty: the
+        others have planned with it."""
+        options = self.options
+        size = options.rows // options.parts
+        plan: list[list[int]] = []
+        clips: list[Clip] = []
+        for row in step[options.part * size : (options.part + 1) * size]:
+            plan.append([])
+            for element in (packed[index] for index in row):
+                try:
+                    clip = Clip(self._elements.latents(element), element.text)
+                except BadRecordError as error:
+                    bad.add(element.record)
+                    self._refuse_bad(bad, read // options.parts, str(error))
+                    continue
+                plan[-1].append(len(clips))
+                clips.append(clip)
+        return plan, clips
+
+    def _deal(self, rows: list[list[int]], packed: list[Element], number: int) -> list[list[list[int]]]:
         """The steps of a plan; those of several steps in random order, lest training sees clips sorted by size."""
         options = self.options
         if options.plan_steps == 1:
             return [rows]
-        shapes = [clip_shape(clip, options.patch) for clip in clips]
+        shapes = [element.shape(options.patch) for element in packed]
         steps = steps_of_like_cost([row for row in rows if row], shapes, rows=options.rows, width=_WIDTH)
         order = random_stream(options.seed, number, purpose=2).permutation(len(steps))
         return [steps[step] for step in order]
@@ -170,13 +191,13 @@ class Loader:
     def _again(self, number: int) -> Element:
         """A clip that was read before the loader stopped, and found no room."""
         element = self._elements[number]
-        if element.latents is None:
+        if element.size is None:
             raise UserError(f"the data cannot go on where it stopped: {element.name}")
         return element
 
     def _refuse_bad(self, bad: set[int], read: int, reason: str) -> None:
         """Give up when too many different records cannot be read; never on a handful of the first ones."""
-        records = -(-len(self._elements.source) // self.options.process_count)
+        records = len(self._elements.source)
         if len(bad) > MAX_BAD_SHARE * min(records, max(read, 1000)):
             raise UserError(
                 f"{len(bad)} of {min(records, read)} records could not be read, more than {MAX_BAD_SHARE:.0%} allow; "
@@ -198,8 +219,9 @@ def make_loader(
     """Batches of packed rows (`PackedRows` as a dict of numpy arrays) from a source of latents.
 
     `tokenize` makes the token ids of a prompt; with workers it must travel to another process. `row_groups` is by
-    default as many as `row_tokens` can need. The other options are those of `LoaderOptions`; `rows` and all else is
-    of one process, which reads every `process_count`-th element of the stream that all share.
+    default as many as `row_tokens` can need. The other options are those of `LoaderOptions`. With `parts`, every loader
+    plans all `rows` and fills its own `part` of them: the rows of all parts together, and the state, are those of one
+    loader alone.
 
     A record that cannot be read is left out and counted (`stats`); more than 5 % raise `UserError`. So does, before
     the first batch, a cache with clips or captions that fit no row.
@@ -248,7 +270,7 @@ def _least_shape(source: Records, options: LoaderOptions) -> ClipShape | None:
 
 def _identity(source: Records, options: LoaderOptions) -> dict[str, Any]:
     """What must be the same for a state to mean the same; as JSON gives it back."""
-    free = ("workers", "prefetch")
+    free = ("workers", "prefetch", "part", "parts")
     identity = {name: value for name, value in dataclasses.asdict(options).items() if name not in free}
     identity["patch"] = list(options.patch)
     identity["records"] = len(source)

@@ -20,9 +20,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from sora_jax.data.latents import BadRecordError, LatentRecord
+from sora_jax.data.latents import BadRecordError, LatentHeader, LatentRecord
 from sora_jax.errors import UserError
-from sora_jax.shapes import Stride
+from sora_jax.shapes import Extent, Stride, token_extent
+from sora_jax.tokens.packing import ClipShape
 
 _CHUNK = 16  # elements that travel from a worker at once
 
@@ -31,7 +32,8 @@ Tokenize = Callable[[str], Sequence[int]]
 
 @runtime_checkable
 class Records(Protocol):
-    """What a loader reads: a `LatentSource`, or a list of records."""
+    """What a loader reads: a `LatentSource`, or a list of records. A source may have a method `header(index)` that is
+    cheaper than the whole record."""
 
     def __len__(self) -> int: ...
 
@@ -42,7 +44,7 @@ class Records(Protocol):
 class LoaderOptions:
     """What a loader makes of its source; all of it but `workers` and `prefetch` decides which batches come."""
 
-    rows: int  # B: rows a step, of this process
+    rows: int  # B: rows a step, of all parts
     row_tokens: int  # N
     row_text: int  # L
     row_groups: int  # G
@@ -55,8 +57,8 @@ class LoaderOptions:
     shuffle: bool = True
     epochs: int | None = None  # None: for ever
     plan_steps: int = 1  # steps planned together, so that rows of like cost come in one step
-    process_index: int = 0
-    process_count: int = 1
+    part: int = 0  # which of `parts` equal slices of the rows this loader fills
+    parts: int = 1
     workers: int = 0  # processes that read; 0 = a thread of this one
     prefetch: int = 2  # batches made ahead; 0 = none, in the caller's thread
 
@@ -70,8 +72,8 @@ class LoaderOptions:
             )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"the loader's seed must be in [0, 2^32), not {self.seed}")
-        if not 0 <= self.process_index < self.process_count:
-            raise UserError(f"process {self.process_index} of {self.process_count} cannot be")
+        if not 0 <= self.part < self.parts or self.rows % self.parts:
+            raise UserError(f"part {self.part} of {self.parts} of {self.rows} rows cannot be")
         for name, least in (
             ("rows", 1),
             ("row_tokens", 1),
@@ -87,21 +89,32 @@ class LoaderOptions:
 class Element(NamedTuple):
     """One clip of the stream, as it goes into a row."""
 
-    number: int  # in the stream of all processes
+    number: int  # in the stream
     record: int
-    latents: np.ndarray | None  # float16 [F, h, w, C]; None when the record could not be read
+    size: tuple[int, int, int, int] | None  # (F, h, w, C) of what is used of it; None when it could not be read
     text: np.ndarray  # int32 [L]
     name: str  # where the clip came from, or why it could not be read
+    latents: np.ndarray | None = None  # float16, of that size, where they were read at once
+
+    @property
+    def channels(self) -> int:
+        assert self.size is not None
+        return self.size[3]
+
+    def shape(self, patch: Stride) -> ClipShape:
+        assert self.size is not None
+        extent = token_extent(Extent(*self.size[:3]), patch)
+        return ClipShape(extent.volume, len(self.text), extent.frames)
 
 
 def cut_and_caption(
-    record: LatentRecord,
+    clip: LatentHeader,
     rng: np.random.Generator,
     image_share: float,
     prefix_share: float,
     most_bytes: int = sys.maxsize,
-) -> tuple[np.ndarray, str]:
-    """The latents of the clip, or of a first part of it, and one caption that is true of that part.
+) -> tuple[int, str]:
+    """How many latents are used of a clip, all or the first ones, and one caption that is true of these.
 
     Captions of more than `most_bytes` are left out where there are others.
 
@@ -109,21 +122,24 @@ def cut_and_caption(
     of the first frame; a clip that has none is not cut so short.
     """
     cut, length, which = rng.random(3)
-    frames = len(record.latents)
-    shortest = 2 if record.captions_image else 3
-    if frames > 1 and record.captions_image and cut < image_share:
+    frames = clip.shape[0]
+    shortest = 2 if clip.captions_image else 3
+    if frames > 1 and clip.captions_image and cut < image_share:
         keep = 1
     elif frames > shortest and image_share <= cut < image_share + prefix_share:
         keep = shortest + int(length * (frames - shortest))
     else:
         keep = frames
-    captions = record.captions_image if keep < min(frames, 3) else record.captions
+    captions = clip.captions_image if keep < min(frames, 3) else clip.captions
     captions = tuple(text for text in captions if len(text.encode()) <= most_bytes) or captions
-    return record.latents[:keep], captions[int(which * len(captions))] if captions else ""
+    return keep, captions[int(which * len(captions))] if captions else ""
 
 
 class Elements:
-    """The stream of all processes, by number: `epochs` times all records, in an order that is new each time.
+    """The stream by number: `epochs` times all records, in an order that is new each time.
+
+    Where one loader fills all rows, a record is read once, whole. Where several share them, all read every header, and
+    `latents` of what lies in their own rows.
 
     The order is a permutation per epoch, 8 bytes a record. (Grain's own shuffle finds a place by trial in a block of
     2^16, which takes 4 ms when there are ten records; and seed + 1 has the epochs of seed, moved by one.)
@@ -138,16 +154,30 @@ class Elements:
 
     def __getitem__(self, number: int) -> Element:
         options, record = self.options, self.record(number)
+        latents: np.ndarray | None = None
         try:
-            clip = self.source[record]
+            if options.parts > 1 and hasattr(self.source, "header"):
+                header = self.source.header(record)
+            else:
+                clip = self.source[record]
+                header, latents = clip.header, clip.latents
         except BadRecordError as error:
             return Element(number, record, None, np.zeros(0, np.int32), str(error))
         rng = random_stream(options.seed, number)
         most_bytes = options.row_text - 1 if options.skip_long_captions else sys.maxsize
-        latents, caption = cut_and_caption(clip, rng, options.image_share, options.prefix_share, most_bytes)
+        keep, caption = cut_and_caption(header, rng, options.image_share, options.prefix_share, most_bytes)
         if rng.random() < options.caption_dropout:
             caption = ""
-        return Element(number, record, latents, np.asarray(self.tokenize(caption), np.int32), clip.source)
+        text = np.asarray(self.tokenize(caption), np.int32)
+        size = (keep, *header.shape[1:])
+        return Element(number, record, size, text, header.source, None if latents is None else latents[:keep])
+
+    def latents(self, element: Element) -> np.ndarray:
+        """Of an element that could be read at all. Raises `BadRecordError`."""
+        if element.latents is not None:
+            return element.latents
+        assert element.size is not None
+        return self.source[element.record].latents[: element.size[0]]
 
     def record(self, number: int) -> int:
         epoch, place = divmod(number, len(self.source))
@@ -169,13 +199,12 @@ def random_stream(seed: int, number: int, purpose: int = 0) -> np.random.Generat
 
 
 def stream(elements: Elements, start: int) -> Generator[Element, None, None]:
-    """This process's elements, from its `start`-th on, in an order that does not depend on the number of workers."""
+    """The elements from number `start` on, in an order that does not depend on the number of workers."""
     options = elements.options
-    first, step = options.process_index + start * options.process_count, options.process_count
-    if first >= len(elements):
+    if start >= len(elements):
         return
     if not options.workers:
-        yield from (elements[number] for number in range(first, len(elements), step))
+        yield from (elements[number] for number in range(start, len(elements)))
         return
 
     # Grain brings in JAX and absl; whoever reads in this process does without.
@@ -186,7 +215,7 @@ def stream(elements: Elements, start: int) -> Generator[Element, None, None]:
         flags.FLAGS.mark_as_parsed()  # Grain's workers read their flags, and outside absl.app nobody parses them
     # Chunks are cut before they are dealt to workers: the other way round, the order would depend on their number.
     # They travel as bytes: Grain gives every array a shared memory of its own, which costs more than clips so small.
-    chunks = grain.MapDataset.source(elements).slice(slice(first, None, step)).batch(_CHUNK, batch_fn=pickle.dumps)
+    chunks = grain.MapDataset.source(elements).slice(slice(start, None)).batch(_CHUNK, batch_fn=pickle.dumps)
     read = chunks.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(
         grain.MultiprocessingOptions(num_workers=options.workers, per_worker_buffer_size=2),
         worker_init_fn=_start_worker,

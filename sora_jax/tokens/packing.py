@@ -219,16 +219,20 @@ def fill_rows(
     row_text: int,
     row_groups: int,
     patch: Stride = Stride(1, 1, 1),
+    channels: int | None = None,
 ) -> dict[str, np.ndarray]:
     """The arrays of `PackedRows`, by field name: row r holds the clips `plan[r]`, side by side from its start.
+    `channels` of the latents have to be said where there may be no clip.
 
     Tokens of a clip run frame by frame, row by row (the order of `patchify`). float32 tokens, everything else int32.
     Raises `ValueError` for a plan that does not fit its rows: plans of `plan_rows` with the same limits always do.
     """
-    if not clips:
-        raise ValueError("no clips: a batch of nothing has no channels")
+    if channels is None:
+        if not clips:
+            raise ValueError("no clips: a batch of nothing has no channels")
+        channels = clips[0].latents.shape[-1]
     B, N, L, G = len(plan), row_tokens, row_text, row_groups
-    P = clips[0].latents.shape[-1] * patch.time * patch.height * patch.width
+    P = channels * patch.time * patch.height * patch.width
     ints = {
         "positions": (B, N, 3), "segment_ids": (B, N), "prompt_ids": (B, N), "level_ids": (B, N),
         "group_segment": (B, G), "group_frame": (B, G), "group_count": (B, G),

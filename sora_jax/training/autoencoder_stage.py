@@ -38,8 +38,7 @@ def autoencoder_stage(context: Context) -> Stage:
         data,
         context.local_rows,
         time_stride=config.autoencoder.stride.time,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        **context.part._asdict(),
     )
     step = make_autoencoder_step(
         graphdef,

@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -67,7 +68,9 @@ class Checkpoints:
         read_only: bool = False,
         say: Callable[[str], None] = _log.warning,
     ):
-        self.folder = epath.Path(folder)
+        # Orbax wants to know where from the root; a URL stays as it is.
+        local = "://" not in os.fspath(folder)
+        self.folder = epath.Path(os.path.abspath(folder) if local else folder)
         self._say = say
         self._read_only = read_only
         self._saving: int | None = None

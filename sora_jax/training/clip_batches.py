@@ -5,7 +5,7 @@ Batch b is a function of (seed, b): whether it is of videos or of images, and wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ TRIES = 20  # draws of clips for one batch before a folder is found to have too 
 class ClipSource(NamedTuple):
     """Clips to train an autoencoder on."""
 
-    draw: Callable[[int, int, bool], Clips]  # (number of the batch, rows, of images?) -> clips
+    draw: Callable[[int, int, bool], Clips]  # (number b, rows, of images?) -> the clips of the rows from b * rows on
     held_out: Callable[[int], Clips]  # (rows) -> clips that `draw` never gives
     identity: Mapping[str, Any]  # what must be the same for a run to go on, as JSON
 
@@ -35,7 +35,7 @@ class ClipBatches(NumberedBatches):
     """Endless uint8 [B, T, H, W, 3]; with probability `image_share` a batch of images, T = 1.
 
     A batch of images has as many latents as one of videos: `rows` * (1 + (T - 1) / time_stride) of them.
-    With several processes, `rows` are those of this one, which makes every `process_count`-th part of the whole.
+    Of `parts` equal slices of every batch these are the rows of one, `part`; together they are the batch of one part.
     """
 
     def __init__(
@@ -45,20 +45,19 @@ class ClipBatches(NumberedBatches):
         rows: int,
         *,
         time_stride: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        part: int = 0,
+        parts: int = 1,
         prefetch: int = 2,
     ):
         self._source, self._data, self._rows = source, data, rows
         self._images = rows * (1 + (data.frames - 1) // time_stride)
-        self._process_index, self._process_count = process_index, process_count
-        super().__init__(self.batch, {"processes": process_count, "source": dict(source.identity)}, prefetch=prefetch)
+        self._part, self._parts = part, parts
+        super().__init__(self.batch, {"source": dict(source.identity)}, prefetch=prefetch)
 
     def batch(self, number: int) -> Clips:
-        """This process's part of batch `number`."""
+        """This part of batch `number`."""
         images = bool(np.random.default_rng((self._data.seed, number)).random() < self._data.image_share)
-        part = number * self._process_count + self._process_index
-        return self._source.draw(part, self._images if images else self._rows, images)
+        return self._source.draw(number * self._parts + self._part, self._images if images else self._rows, images)
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
@@ -101,23 +100,28 @@ def _folder(data: DataConfig, time_stride: int) -> ClipSource:
     if kept < 1:
         raise UserError(f"{data.source} has {len(source)} clips and data.held_out is {data.held_out}: leave some over")
 
-    def gather(indices: Any, frames: int, rows: int) -> list[np.ndarray]:
-        read = [item["frames"] for item in source.batch(indices) if isinstance(item, dict)]
-        return [clip[:frames] for clip in read if len(clip) >= frames][:rows]
+    def read(indices: Sequence[int], frames: int) -> list[np.ndarray | None]:
+        """None for a clip that is too short or cannot be read."""
+        items = [item["frames"][:frames] if isinstance(item, dict) else None for item in source.batch(indices)]
+        return [clip if clip is not None and len(clip) == frames else None for clip in items]
 
     def draw(number: int, rows: int, images: bool) -> Clips:
-        rng = np.random.default_rng((data.seed, number, 1))
-        found: list[np.ndarray] = []
+        # Every row draws for itself, so that it does not matter which part of a batch it is in.
+        streams = [np.random.default_rng((data.seed, number * rows + row, 1)) for row in range(rows)]
+        found: dict[int, np.ndarray] = {}
         for _ in range(TRIES):
-            found += gather(rng.integers(kept, size=rows).tolist(), 1 if images else data.frames, rows - len(found))
-            if len(found) == rows:
-                return np.stack(found)
+            missing = [row for row in range(rows) if row not in found]
+            if not missing:
+                return np.stack([found[row] for row in range(rows)])
+            drawn = [int(streams[row].integers(kept)) for row in missing]
+            clips = zip(missing, read(drawn, 1 if images else data.frames), strict=True)
+            found |= {row: clip for row, clip in clips if clip is not None}
         raise UserError(
             f"{data.source} has hardly a clip of {data.frames} frames at {data.fps:g} fps: lower data.frames"
         )
 
     def held_out(rows: int) -> Clips:
-        found = gather(range(kept, len(source)), data.frames, rows)
+        found = [clip for clip in read(range(kept, len(source)), data.frames) if clip is not None]
         if not found:
             raise UserError(f"none of the last {data.held_out} clips of {data.source} has {data.frames} frames")
         return np.stack([found[row % len(found)] for row in range(rows)])

@@ -60,10 +60,9 @@ def diffusion_stage(context: Context) -> Stage:
     }
     batches = make_loader(
         source,
-        rows=context.local_rows,
+        rows=config.train.batch_size,
         caption_dropout=data.caption_dropout,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        **context.part._asdict(),
         workers=data.workers,
         **loader_options,
     )

@@ -73,9 +73,9 @@ def train(
     """
     workdir = epath.Path(workdir)
     settings = config.train
-    progress = Progress(settings.steps, say)
-    say = progress.say
     chief = jax.process_index() == 0
+    progress = Progress(settings.steps, say, silent=not chief and say is None)
+    say = progress.say
     refuse_other_config(config, workdir, force)
 
     # ------------------------------------------------------------------------------------------------ devices and mesh

@@ -10,16 +10,17 @@ import rich.progress
 
 
 class Progress:
-    """Progress of a run of `steps` steps. With `say`, lines go there and there is no bar."""
+    """Progress of a run of `steps` steps. With `say`, lines go there and there is no bar; none at all when `silent`,
+    as all processes of a run are but the first."""
 
-    def __init__(self, steps: int, say: Callable[[str], None] | None = None):
+    def __init__(self, steps: int, say: Callable[[str], None] | None = None, *, silent: bool = False):
         self._steps = steps
-        self._say = say
+        self._say = (lambda text: None) if silent else say
         self._console = rich.console.Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         self._bar: rich.progress.Progress | None = None
         self._task: Any = None
         self._rate = 0.0
-        if say is None and self._console.is_terminal:
+        if self._say is None and self._console.is_terminal:
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
                 rich.progress.BarColumn(),

@@ -14,6 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from sora_jax.config import Config
+from sora_jax.sharding import DataPart, data_part
 from sora_jax.training.state import TrainState
 
 Videos = list[np.ndarray]  # uint8 [T, H, W, 3] each
@@ -41,9 +42,14 @@ class Context:
     say: Callable[[str], None]
 
     @property
+    def part(self) -> DataPart:
+        """Which slice of a batch is made by this process."""
+        return data_part(self.mesh)
+
+    @property
     def local_rows(self) -> int:
         """Of a batch, how many are made by this process."""
-        return self.config.train.batch_size // jax.process_count()
+        return self.config.train.batch_size // self.part.parts
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,12 @@ def text_stage(context: Context) -> Stage:
         }
 
     def batch(number: int) -> Captions:
-        part = number * jax.process_count() + jax.process_index()
-        return world_captions(data.seed, part * rows, rows, data.row_text)
+        part, parts = context.part
+        return world_captions(data.seed, (number * parts + part) * rows, rows, data.row_text)
 
     validate = None
     if data.held_out:
-        captions = world_captions(data.seed, 0, rows, data.row_text, split="heldout", dense=False)
+        captions = world_captions(data.seed, 0, config.train.batch_size, data.row_text, split="heldout", dense=False)
         placed = [jax.device_put(captions, sharding.batch_sharding(context.mesh))]
 
         @jax.jit
@@ -65,7 +65,7 @@ def text_stage(context: Context) -> Stage:
     return Stage(
         make_params=make_params,
         step=step,
-        batches=NumberedBatches(batch, {"world": data.seed, "processes": jax.process_count()}),
+        batches=NumberedBatches(batch, {"world": data.seed}),
         describe=f"{config.train.batch_size} captions x {data.row_text} bytes",
         tokens_per_step=config.train.batch_size * data.row_text,
         validate=validate,
