@@ -139,6 +139,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _messages_on_stderr():
             args = parse(argv)
+            if getattr(args, "supervise", None) is not None:
+                from sora_jax.supervise import supervise
+
+                return supervise(argv, args.workdir, args.supervise, _say)
             _announce(args)
             if getattr(args, "json", False):
                 with contextlib.redirect_stdout(sys.stderr):

@@ -28,7 +28,7 @@ LAYERS = [
     {"pipeline"},
     {"evaluation"},
     {"bench"},
-    {"commands"},
+    {"commands", "supervise"},
     {"cli"},
     {"__main__"},
 ]

@@ -63,6 +63,19 @@ def start(script: Path, workdir: Path) -> list[subprocess.Popen]:
     ]
 
 
+def descendants(pid: int) -> list[int]:
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [*children, *(below for child in children for below in descendants(child))]
+
+
+def arguments_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+
+
+def environment_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/environ").read_text().split("\0")
+
+
 def finish(processes: list[subprocess.Popen]) -> list[int]:
     """The step at which each ended; both must end well."""
     outputs = [process.communicate(timeout=240)[0] for process in processes]
@@ -138,3 +151,29 @@ def test_eight_devices_in_one_two_and_four_processes(home: Path, tmp_path: Path)
     for processes, devices, steps in ((4, 2, 8), (2, 4, 16), (1, 8, 24)):
         found = run(home, moving, processes, devices, *mesh, steps=steps)
         np.testing.assert_allclose(found, expected[:steps], rtol=1e-5)
+
+
+@pytest.mark.pods
+def test_a_killed_peer_takes_the_others_down_and_the_supervisors_bring_all_back(home: Path, tmp_path: Path):
+    workdir = tmp_path / "run"
+    command = [LOCAL, "--devices", "1", "2", sys.executable, *tiny_run.flags(home, workdir), "--supervise", "6"]
+    more = ["--config.train.mesh.data=2", "--config.train.batch_size=8", "--config.train.steps=2000"]
+    environment = tiny_run.environment(home)
+    parent = subprocess.Popen([*command, *more], env=environment, stderr=subprocess.PIPE, text=True)
+    while parent.poll() is None and not any(line["step"] >= 10 for line in tiny_run.lines(workdir)):
+        time.sleep(0.01)
+    processes = [pid for pid in descendants(parent.pid) if "--supervise" not in arguments_of(pid)]
+    second = next(
+        pid for pid in processes if "JAX_PROCESS_ID=1" in environment_of(pid) and "train" in arguments_of(pid)
+    )
+    killed = time.monotonic()
+    os.kill(second, signal.SIGKILL)
+    reached = tiny_run.lines(workdir)[-1]["step"]
+    while parent.poll() is None and not any(line["step"] >= reached + 20 for line in tiny_run.lines(workdir)):
+        time.sleep(0.1)
+        assert time.monotonic() - killed < 240
+    parent.send_signal(signal.SIGTERM)
+    _, errors = parent.communicate(timeout=120)
+    assert parent.returncode == 0, errors
+    assert "[1] sora-jax: the run ended with SIGKILL; again from step" in errors
+    assert "resuming" in errors

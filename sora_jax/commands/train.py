@@ -11,6 +11,7 @@ CLUSTER = True
 EXAMPLES = """
     sora-jax train --config world --workdir runs/world
     sora-jax train --config world --workdir runs/world --config.train.steps=20000
+    sora-jax train --config world --workdir runs/world --supervise 10
     sora-jax train --config my_config.py --workdir gs://bucket/run --config.train.mesh.fsdp=4
 """
 
@@ -22,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, metavar="N", help="the same as --config.train.steps=N")
     parser.add_argument("--force", action="store_true", help="go on although the workdir was made by another config")
+    parser.add_argument(
+        "--supervise",
+        type=int,
+        metavar="N",
+        help="start the run again when it dies, up to N times in a row without a new checkpoint in between",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check the config and print it as JSON, with every value; train nothing"
     )
