@@ -19,12 +19,13 @@ fail() {
 }
 
 dry_run=0 devices='' port=''
+needs() { [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a number"; }
 while [ $# -gt 0 ]; do
   case $1 in
     --help | -h) usage && exit 0 ;;
     --dry-run) dry_run=1 && shift ;;
-    --devices) devices=${2:-} && shift 2 || fail "--devices needs a number" ;;
-    --port) port=${2:-} && shift 2 || fail "--port needs a number" ;;
+    --devices) needs "$@" && devices=$2 && shift 2 ;;
+    --port) needs "$@" && port=$2 && shift 2 ;;
     -*) fail "unknown flag $1" ;;
     *) break ;;
   esac

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, metavar="N", help="the same as --config.train.steps=N")
     parser.add_argument("--force", action="store_true", help="go on although the workdir was made by another config")
+    parser.add_argument("--json", action="store_true", help="print how it ended as one JSON document on stdout")
     parser.add_argument(
         "--supervise",
         type=int,
@@ -40,7 +41,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     overrides = [*args.overrides, *([] if args.steps is None else [f"train.steps={args.steps}"])]
     config = configs.load_config(args.config, overrides)
     if args.dry_run:
-        print(configs.to_json(config), end="")
+        if not args.json:
+            print(configs.to_json(config), end="")
         return configs.to_dict(config)
     from sora_jax.training.loop import train
 
