@@ -80,6 +80,7 @@ class TrainConfig:
     batch_size: int = 64  # B: rows a step in the diffusion stage, clips a step in the autoencoder stage
     seed: int = 0
     init: str = ""  # a model to start from: a shipped name, a folder or URL, a hub name, or another workdir
+    deepen: bool = False  # let `init` have fewer layers: blocks that pass their input on are put between its own
     learns: Literal["all", "transformer", "lora"] = "all"  # in the diffusion stage; what does not is kept as in `init`
     expert: Literal["", "high", "low"] = ""  # which learns, where `init` has one for high noise and one for low
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; parameters are float32
@@ -103,6 +104,10 @@ class TrainConfig:
             raise UserError(f"train.ema must be in [0, 1), not {self.ema}")
         if self.learns != "all" and not self.init:
             raise UserError(f"train.learns={self.learns} keeps the rest of a model as it is: name it in train.init")
+        if self.deepen and (self.learns != "all" or not self.init):
+            raise UserError(
+                "train.deepen makes the model of train.init deeper, and all of it learns then: name a model"
+            )
         if self.learns == "all" and self.expert:
             raise UserError(f"train.expert={self.expert} tunes one of two: set train.learns to transformer or lora")
 

@@ -105,7 +105,12 @@ def train(
         state = init_state(init, key, mesh)
         if settings.init:
             loaded = load_modules(
-                settings.init, shapes.params, mesh, expert=settings.expert, may_differ=stage.may_start_anew
+                settings.init,
+                shapes.params,
+                mesh,
+                expert=settings.expert,
+                may_differ=stage.may_start_anew,
+                n_layers=config.transformer.n_layers if settings.deepen else None,
             )
             started = {name: nnx.merge_state(own, loaded.params.get(name, own)) for name, own in state.params.items()}
             state = state.replace(params=started, ema=jax.tree.map(jnp.copy, started))

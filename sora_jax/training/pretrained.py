@@ -24,6 +24,7 @@ from sora_jax.models.structure import Make, shapes_of
 from sora_jax.models.tokenizer import ByteTokenizer, Tokenizer
 from sora_jax.training.adapters import ADAPTERS, learning, networks
 from sora_jax.training.checkpoint import Checkpoints
+from sora_jax.training.deepen import deepen
 from sora_jax.training.text_step import Reader
 from sora_jax.weights.component import load_component
 from sora_jax.weights.layout import INDEX, SECOND, load_tokenizer, read_index
@@ -152,13 +153,15 @@ def load_modules(
     *,
     expert: str = "",
     may_differ: Collection[str] = (),
+    n_layers: int | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> Loaded:
     """The parameters of these modules (given as shapes, by name) in the model or run `name`; refuses other shapes.
 
     Adapters are never there: they begin anew. A run that has trained only some of the modules (a text encoder that can
     read) gives these; one that has none is refused. Of two experts `expert` names the one wanted ("high", "low"). Parts
-    of a module named in `may_differ` are left out, each whole, where their shapes are not the same.
+    of a module named in `may_differ` are left out, each whole, where their shapes are not the same. With `n_layers` the
+    transformer is made that deep (`deepen`).
     """
     path = find_pretrained(name)
     modules = {module: shapes for module, shapes in modules.items() if module != ADAPTERS}
@@ -178,6 +181,8 @@ def load_modules(
             params = load_component(path / folder, FOLDERS[module], mesh=mesh, dtype=dtype)[1]
         else:  # the text stage's reader belongs to no model
             continue
+        if module == "transformer" and n_layers is not None:
+            params = deepen(params, n_layers)
         for part in may_differ:
             if part in shapes and _shapes(params[part]) != _shapes(shapes[part]):
                 params, shapes = (nnx.State({k: v for k, v in s.items() if k != part}) for s in (params, shapes))
