@@ -47,10 +47,10 @@ def test_world_train_step_fits(mesh):
 
 
 def test_world_sampler_step_fits(mesh):
-    from sora_jax.bench.programs import compile_sampler_step, peak_bytes
+    from sora_jax.bench.programs import peak_bytes, sampling_program
     from sora_jax.config import load_config
 
-    compiled = compile_sampler_step(load_config("world"), mesh, jnp.dtype("bfloat16"), rows=max(1, mesh.size))
+    compiled = sampling_program(load_config("world"), mesh, jnp.dtype("bfloat16"), rows=max(1, mesh.size)).compile()
     peak = peak_bytes(compiled)
     assert peak is not None
     assert 0 < peak < HBM

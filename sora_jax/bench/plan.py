@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sora_jax.bench.programs import TrainingProgram, compile_sampler_step, peak_bytes, placed_shapes, training_program
+from sora_jax.bench.compute import compute, count_collectives, link_bytes, sampling_flops, training_flops
+from sora_jax.bench.programs import TrainingProgram, peak_bytes, placed_shapes, sampling_program, training_program
 from sora_jax.config import Config
 from sora_jax.errors import UserError, nearest
 from sora_jax.models.structure import shapes_of
@@ -29,7 +30,6 @@ from sora_jax.runtime import compute_dtype
 from sora_jax.shapes import Extent, Stride, latent_extent, token_extent
 from sora_jax.sharding import make_mesh
 from sora_jax.training.adapters import networks
-from sora_jax.training.diffusion_stage import diffusion_flops
 
 GIB = 2**30
 # Of a device's memory, for what is not counted: fragmentation, the loader's next batch, buffers of links.
@@ -66,13 +66,16 @@ class Plan:
     devices: int
     rows: int  # videos a step
     tokens: int  # a step, of all rows
-    flops_per_step: float  # by formula: three times the forward pass in training; recomputation is not counted
+    flops_per_step: float  # of the model: forward, and twice that again for what learns; without recomputation
+    executed_flops_per_step: float  # of the program as it is
+    seconds_at_best: dict[str, float] | None  # arithmetic: "products", "memory", "links", by the vendor's figures
+    at_mfu: dict[str, dict[str, float]] | None  # arithmetic: "40%": seconds_per_step, videos_per_second, ...
     argument_bytes_per_device: int
     peak_bytes_per_device: int
     hbm_bytes_per_device: int
     fits: bool  # with a headroom of `HEADROOM`
     parts: dict[str, int]  # what of the arguments is what, and what the step needs beside them
-    collectives: dict[str, dict[str, int]] | None  # kind: how many there are in the program, and their bytes
+    collectives: dict[str, dict[str, int]] | None  # kind: how many a step runs, and their bytes on one device
     compile_seconds: float | None
     advice: tuple[str, ...] = ()  # what would make it fit
 
@@ -145,7 +148,7 @@ def with_size(config: Config, stride: Stride, extent: Extent, rows: int | None) 
 def plan_training(config: Config, target: Target, mesh_sizes: Mapping[str, int]) -> Plan:
     """The train step of `config`: weights, optimizer, average, what is kept, a batch, and what the step needs."""
     mesh = _mesh(target, mesh_sizes)
-    data, rows = config.data, config.train.batch_size
+    rows = config.train.batch_size
     if rows % (shards := mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(f"{rows} rows cannot be split over data x fsdp = {shards} devices: give --batch-size")
     dtype = _dtype(target)
@@ -157,7 +160,7 @@ def plan_training(config: Config, target: Target, mesh_sizes: Mapping[str, int])
         "kept modules": _bytes_per_device(program.kept),
         "batch": _bytes_per_device(program.rows),
     }
-    flops = 3.0 * rows * diffusion_flops(config.transformer, config.text_encoder, data.row_tokens, data.row_text)
+    flops = training_flops(config, program, _platform(target))
     return _finish(
         config,
         target,
@@ -179,18 +182,18 @@ def plan_sampling(
     dtype = _dtype(target)
     transformer, text = (_weights(config, name, mesh, dtype) for name in ("transformer", "text_encoder"))
     parts = {"transformer": transformer} | ({} if offload else {"text encoder": text})
-    data = config.data
-    flops = 2.0 * rows * diffusion_flops(config.transformer, config.text_encoder, data.row_tokens, data.row_text)
+    program = sampling_program(config, mesh, dtype, rows)
+    flops = sampling_flops(program, _platform(target))
     return _finish(
         config,
         target,
         mesh,
         "sampler step",
         rows,
-        flops,
+        (flops, flops),
         parts,
-        compile_=(lambda: compile_sampler_step(config, mesh, dtype, rows)) if target.devices else None,
-        reckoned=2 * rows * _layer_activations(config, data.row_tokens, dtype),
+        compile_=program.compile if target.devices else None,
+        reckoned=2 * rows * _layer_activations(config, config.data.row_tokens, dtype),
     )
 
 
@@ -200,7 +203,7 @@ def _finish(
     mesh: Mesh,
     program: str,
     rows: int,
-    flops: float,
+    flops: tuple[float, float],
     parts: dict[str, int],
     compile_: Any,
     reckoned: int,
@@ -220,6 +223,12 @@ def _finish(
             arguments, peak = int(found.argument_size_in_bytes), (peak_bytes(compiled) or 0) + outside
             collectives = count_collectives(compiled.as_text())
     parts = parts | {"the step itself": max(peak - sum(parts.values()), 0)}
+    # What a step reads at least once: all that lies there; training writes it again, and what it keeps meanwhile too.
+    memory = arguments if program == "sampler step" else 2 * arguments + 2 * parts["the step itself"]
+    traffic = {"memory": float(memory), "links": link_bytes(collectives or {})}
+    tokens = rows * config.data.row_tokens
+    devices = target.devices or []
+    work = compute(*flops, devices, target.name.partition(":")[0], rows, tokens, traffic)
     fits = peak <= (1 - HEADROOM) * target.hbm_bytes
     return Plan(
         program=program,
@@ -229,8 +238,11 @@ def _finish(
         parameters=_parameters(config),
         devices=mesh.size,
         rows=rows,
-        tokens=rows * config.data.row_tokens,
-        flops_per_step=flops,
+        tokens=tokens,
+        flops_per_step=work.flops,
+        executed_flops_per_step=work.executed_flops,
+        seconds_at_best=work.seconds_at_best,
+        at_mfu=work.at_mfu,
         argument_bytes_per_device=arguments,
         peak_bytes_per_device=peak,
         hbm_bytes_per_device=target.hbm_bytes,
@@ -269,6 +281,14 @@ def _advice(config: Config, mesh: Mesh, parts: Mapping[str, int], program: str) 
 def _mesh(target: Target, sizes: Mapping[str, int]) -> Mesh:
     devices = target.devices or jax.devices()[:1]
     return make_mesh(dict(sizes) or ({"data": 1, "fsdp": -1} if len(devices) > 1 else {"data": 1}), devices)
+
+
+def _platform(target: Target) -> str:
+    """What a program there is lowered for."""
+    if target.name == "local":
+        platform = jax.devices()[0].platform
+        return "cuda" if platform == "gpu" else platform
+    return "tpu" if target.devices else "cuda"
 
 
 def _dtype(target: Target) -> jnp.dtype:
@@ -322,25 +342,3 @@ def _over_budget(message: str) -> int:
     if "RESOURCE_EXHAUSTED" not in message or found is None:
         raise UserError(f"the compiler refuses the program: {message.splitlines()[0]}")
     return int(float(found[1]) * _UNITS[found[2]])
-
-
-_COLLECTIVE = re.compile(
-    r"= (?P<shapes>\(?[a-z0-9]+\[[^=]*?) "
-    r"(?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-)
-_SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
-_SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
-
-
-def count_collectives(hlo: str) -> dict[str, dict[str, int]]:
-    """Collectives in the text of a compiled program, by kind: how many, and the bytes of their results. A collective in
-    a scanned layer stands there once."""
-    found: dict[str, dict[str, int]] = {}
-    for match in _COLLECTIVE.finditer(hlo):
-        size = 0
-        for dtype, dims in _SHAPE.findall(match["shapes"]):
-            size += _SIZES.get(dtype, 8) * math.prod(int(n) for n in dims.split(",") if n)
-        entry = found.setdefault(match["kind"], {"count": 0, "bytes": 0})
-        entry["count"] += 1
-        entry["bytes"] += size
-    return found

@@ -39,6 +39,7 @@ class TrainingProgram:
     rows: PackedRows
     kept: dict[str, Any]  # modules that do not learn
     init: Any
+    dtype: jnp.dtype
 
     def compile(self) -> Any:
         with jax.set_mesh(self.mesh):
@@ -71,7 +72,7 @@ def training_program(config: Config, mesh: Mesh, dtype: jnp.dtype) -> TrainingPr
     state = abstract_state(init, jax.random.key(0), mesh)
     batch = sharding.batch_sharding(mesh)
     rows = jax.tree.map(lambda leaf: _placed(leaf, batch), full_rows(config))
-    return TrainingProgram(step, mesh, state, rows, placed_shapes(kept, mesh, dtype), init)
+    return TrainingProgram(step, mesh, state, rows, placed_shapes(kept, mesh, dtype), init, dtype)
 
 
 def placed_shapes(params: Any, mesh: Mesh, dtype: jnp.dtype) -> Any:
@@ -106,8 +107,21 @@ def full_rows(config: Config, seed: int = 0) -> PackedRows:
     )
 
 
-def compile_sampler_step(config: Config, mesh: Mesh, dtype: jnp.dtype, rows: int = 1) -> Any:
-    """One guided solver step of `rows` videos, compiled for `mesh`; the batch lies over its data axes."""
+@dataclass(frozen=True)
+class SamplingProgram:
+    """`step(*arguments)`, of which there are shapes and shardings."""
+
+    step: Any
+    mesh: Mesh
+    arguments: tuple[Any, ...]
+
+    def compile(self) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(*self.arguments).compile()
+
+
+def sampling_program(config: Config, mesh: Mesh, dtype: jnp.dtype, rows: int = 1) -> SamplingProgram:
+    """One guided solver step of `rows` videos for `mesh`; the batch lies over its data axes."""
     transformer, data, solver = config.transformer, config.data, find_solver(config.sample.solver)
     make = networks(config)["transformer"]
     graphdef, params = structure_of(make), shapes_of(make)
@@ -133,14 +147,13 @@ def compile_sampler_step(config: Config, mesh: Mesh, dtype: jnp.dtype, rows: int
         "text_ids": (rows, L),
     }
     channels = transformer.in_channels * patch.time * patch.height * patch.width
-    with jax.set_mesh(mesh):
-        lowered = jax.jit(step).lower(
-            placed_shapes(params, mesh, dtype),
-            jax.ShapeDtypeStruct((rows, N, channels), jnp.float32, sharding=place),
-            {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place) for name, shape in shapes.items()},
-            [jax.ShapeDtypeStruct((rows, L, transformer.text_dim), dtype, sharding=place)] * 2,
-        )
-        return lowered.compile()
+    arguments = (
+        placed_shapes(params, mesh, dtype),
+        jax.ShapeDtypeStruct((rows, N, channels), jnp.float32, sharding=place),
+        {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place) for name, shape in shapes.items()},
+        [jax.ShapeDtypeStruct((rows, L, transformer.text_dim), dtype, sharding=place)] * 2,
+    )
+    return SamplingProgram(jax.jit(step), mesh, arguments)
 
 
 def _placed(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:

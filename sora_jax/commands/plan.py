@@ -110,10 +110,19 @@ def table(name: str, made: Plan) -> str:
         *(f"  {part:18} {held / gib:9.3f} GiB" for part, held in made.parts.items() if held),
         f"  {'peak':18} {peak:9.3f} GiB of {memory:.4g} on each device",
         "",
-        f"  {made.flops_per_step / 1e12:,.1f} TFLOP a step by formula, without recomputation",
+        f"  {made.flops_per_step / 1e12:,.1f} TFLOP a step, executed {made.executed_flops_per_step / 1e12:,.1f}",
     ]
     for kind, found in (made.collectives or {}).items():
-        lines.append(f"  {found['count']} x {kind}, {found['bytes'] / gib:.3f} GiB (once each, a scanned layer's too)")
+        lines.append(f"  {found['count']:5} x {kind:18} {found['bytes'] / gib:9.3f} GiB on each device")
+    if made.seconds_at_best:
+        best = ", ".join(f"{what} {seconds:.3g} s" for what, seconds in made.seconds_at_best.items())
+        lines += ["", f"  no step is faster than the slowest of: {best}", "  by arithmetic, not measured:"]
+    for share, found_at in (made.at_mfu or {}).items():
+        lines.append(
+            f"    at {share} of the peak: {found_at['seconds_per_step']:.3g} s a step, "
+            f"{found_at['videos_per_second']:.3g} videos/s, {found_at['tokens_per_day'] / 1e9:,.3g} G tokens a day, "
+            f"{found_at['chip_hours_per_1000_steps']:,.0f} chip-hours for 1,000 steps"
+        )
     lines += ["", "  fits" if made.fits else "  does not fit; what would help:"]
     lines += [f"    {advice}" for advice in made.advice]
     return "\n".join(lines)
