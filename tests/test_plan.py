@@ -131,9 +131,24 @@ def test_collectives_are_counted_as_often_as_they_run():
   %w2 = (s32[], f32[4]) while(%t), condition=%c, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
 }
 
+%done (p: f32[4]) -> f32[16] {
+  %h = f32[16]{0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%five (p: (s32[], f32[4])) -> pred[] {
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%reduce (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %r = f32[2]{0} reduce-scatter(%p), channel_id=8
+}
+
 ENTRY %main (x: f32[4]) -> f32[4] {
   %b = (bf16[4]{0}, f32[2,2]{1,0}) all-reduce(%y, %z), to_apply=%sum
-  %c = f32[16]{0} all-gather-start(%w), dimensions={0}
+  %c = f32[16]{0} all-gather-start(%w), dimensions={0}, channel_id=7
+  %g = f32[16]{0} fusion(%h), kind=kCustom, calls=%done
+  %k = (s32[], f32[4]) while(%t), condition=%five, body=%reduce
   %d = f32[16]{0} all-gather-done(%c)
   %e = f32[3]{0} add(%p, %q)
   %w = (s32[], f32[4]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"40"}}
@@ -144,8 +159,9 @@ ENTRY %main (x: f32[4]) -> f32[4] {
         "all-gather": {"count": 41, "bytes": 40 * 4 * 8 * 16 + 4 * 16},
         "all-reduce": {"count": 1, "bytes": 2 * 4 + 4 * 4},
         "collective-permute": {"count": 120, "bytes": 120 * 4 * 4},
+        "reduce-scatter": {"count": 5, "bytes": 5 * 2 * 4},
     }
-    assert link_bytes(found) == 40 * 4 * 8 * 16 + 4 * 16 + 2 * (2 * 4 + 4 * 4) + 120 * 4 * 4
+    assert link_bytes(found) == 40 * 4 * 8 * 16 + 4 * 16 + 2 * (2 * 4 + 4 * 4) + 120 * 4 * 4 + 5 * 2 * 4
 
 
 class Chip:

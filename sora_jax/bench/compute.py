@@ -118,6 +118,9 @@ _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collectiv
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _COLLECTIVE = re.compile(rf"= (?P<shapes>\(?[a-z0-9]+\[[^=]*?) (?P<kind>{'|'.join(_KINDS)})(?:-start)?\(")
 _CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
@@ -126,22 +129,42 @@ _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 
 def count_collectives(hlo: str) -> dict[str, dict[str, int]]:
     """Collectives that a compiled program runs, by kind: how often, and the bytes of their results on one device; in a
-    loop as often as it turns."""
+    loop as often as it turns.
+
+    What goes on beside other work stands in the text of a TPU's program twice, where it starts and where it is done:
+    a channel is counted once.
+    """
     computations, entry = _computations(hlo)
-    found: dict[str, dict[str, int]] = {}
+    runs: dict[str, tuple[str, int, int]] = {}  # by channel: kind, times, bytes
 
     def visit(name: str, times: int) -> None:
         for line in computations.get(name, ()):
             if match := _COLLECTIVE.search(line):
-                entry = found.setdefault(match["kind"], {"count": 0, "bytes": 0})
-                entry["count"] += times
-                entry["bytes"] += times * _bytes(match["shapes"])
-            turns = _TURNS.search(line)
+                channel = _CHANNEL.search(line)
+                key = channel[1] if channel else f"{name} {line}"
+                before = runs.get(key, ("", 0, 0))[1]
+                runs[key] = (match["kind"], max(times, before), _bytes(match["shapes"]))
+            turns = _turns(line, computations)
             for called in _calls(line):
-                visit(called, times * (int(turns[1]) if turns else 1))
+                visit(called, times * turns)
 
     visit(entry, 1)
+    found: dict[str, dict[str, int]] = {}
+    for kind, times, size in runs.values():
+        total = found.setdefault(kind, {"count": 0, "bytes": 0})
+        total["count"] += times
+        total["bytes"] += times * size
     return found
+
+
+def _turns(line: str, computations: Mapping[str, list[str]]) -> int:
+    """How often a loop turns, by what is written beside it or by what its condition compares the counter with; 1 for a
+    line that is no loop."""
+    if told := _TURNS.search(line):
+        return int(told[1])
+    condition = _CONDITION.search(line)
+    bounds = [int(n) for text in computations.get(condition[1], ()) for n in _BOUND.findall(text)] if condition else []
+    return max(bounds, default=1)
 
 
 def link_bytes(collectives: Mapping[str, Mapping[str, int]]) -> float:
