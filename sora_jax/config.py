@@ -40,7 +40,7 @@ class DataConfig:
     """What is trained on. Sizes are in pixels and frames of the clips; rows are what the transformer sees at once."""
 
     source: str = "world"  # "world" (rendered on the fly), or the path or URL of a folder of videos
-    latents: str = ""  # latent cache for the diffusion stage; "" = WORKDIR/latents, made on the first run
+    latents: str = ""  # latent caches of the diffusion stage, "a,b"; "" = WORKDIR/latents, made on the first run
     autoencoder: str = "world"  # the model whose autoencoder makes the latents, and the videos of sample grids
     clips: int = 100_000  # how many clips of the world one epoch has
     held_out: int = 256  # clips kept for validation

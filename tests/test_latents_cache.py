@@ -65,6 +65,22 @@ def test_part_of_a_cache_and_other_processes(tmp_path):
         LatentSource(tmp_path, start=10)
 
 
+def test_several_caches_are_one_after_another(tmp_path):
+    for name, clips in (("a", 5), ("b", 3), ("other", 2)):
+        encode(tmp_path / name, clips=clips)
+    both = LatentSource(f"{tmp_path / 'a'},{tmp_path / 'b'}")
+    assert [r.source for r in both] == [f"s/{i}" for i in [*range(5), *range(3)]]
+    held_out = LatentSource(f"{tmp_path / 'a'},{tmp_path / 'b'}", start=-4)
+    assert [held_out.header(i).source for i in range(4)] == ["s/4", "s/0", "s/1", "s/2"]
+    assert both.identity != LatentSource(tmp_path / "a").identity
+    manifest = tmp_path / "other" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("a" * 64, "b" * 64))
+    with pytest.raises(UserError, match="hold latents of two autoencoders"):
+        LatentSource(f"{tmp_path / 'a'},{tmp_path / 'other'}")
+    with pytest.raises(UserError, match=r"c is not there; `sora-jax encode SOURCE --out .*/c` makes one"):
+        LatentSource(f"{tmp_path / 'a'},{tmp_path / 'c'}")
+
+
 def test_interrupted_encoding_goes_on_at_the_first_missing_shard(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         encode(tmp_path, stop_after=1)

@@ -184,10 +184,12 @@ class ShardWriter:
 
 
 class LatentSource(Sequence[LatentRecord]):
-    """The records [start, stop) of a cache, by number (negative numbers count from the end, as in a slice).
+    """The records [start, stop) of a cache, or of several one after another, by number (negative numbers count from the
+    end, as in a slice).
 
-        LatentSource(folder, stop=-256)   # to train on
-        LatentSource(folder, start=-256)  # held out
+        LatentSource(folder, stop=-256)        # to train on
+        LatentSource(folder, start=-256)       # held out
+        LatentSource("runs/easy,runs/harder")  # of one autoencoder
 
     Files open when they are first read (those of a store are copied to this machine then), so a source is cheap to
     make and to send to another process. Raises `UserError` when the cache is missing, foreign, unfinished or damaged;
@@ -195,24 +197,20 @@ class LatentSource(Sequence[LatentRecord]):
     """
 
     def __init__(self, path: str | os.PathLike[str], start: int = 0, stop: int | None = None):
-        self.path = epath.Path(path)
-        if not (self.path / MANIFEST).exists():
-            why = "has no manifest.json" if self.path.exists() else "is not there"
-            raise UserError(f"latent cache {self.path} {why}; `sora-jax encode SOURCE --out {self.path}` makes one")
-        manifest = Manifest.load(self.path)
-        if missing := manifest.missing():
-            raise UserError(
-                f"latent cache {self.path} is not finished: {len(missing)} of {len(manifest.planned())} "
-                "shards are missing; run the same `sora-jax encode` again and it goes on where it stopped"
-            )
-        self.info = manifest.info
-        self._shards = [manifest.shards[index] for index in sorted(manifest.shards)]
-        for entry in self._shards:
-            size = file_size(self.path / entry.file)
-            if size != entry.bytes:
-                found = "is missing" if size < 0 else f"has {size} bytes, not {entry.bytes}"
-                raise UserError(f"latent cache {self.path} is damaged: {entry.file} {found}; encode it again")
-        self._ends = list(itertools.accumulate(entry.count for entry in self._shards))
+        self.path = os.fspath(path)
+        folders = [epath.Path(part) for part in self.path.split(",")]
+        manifests = [_whole_manifest(folder) for folder in folders]
+        self.info = manifests[0].info
+        for folder, manifest in zip(folders, manifests, strict=True):
+            if manifest.info.autoencoder_hash != self.info.autoencoder_hash:
+                raise UserError(f"{folder} and {folders[0]} hold latents of two autoencoders: train on one of them")
+        self._sources = [manifest.info.source for manifest in manifests]
+        self._shards = [
+            (folder, manifest.shards[index])
+            for folder, manifest in zip(folders, manifests, strict=True)
+            for index in sorted(manifest.shards)
+        ]
+        self._ends = list(itertools.accumulate(entry.count for _, entry in self._shards))
         self._range = range(self._ends[-1] if self._ends else 0)[start:stop]
         if not self._range:
             raise UserError(f"latent cache {self.path} has {self._ends[-1]} clips, none of them in [{start}:{stop}]")
@@ -230,7 +228,7 @@ class LatentSource(Sequence[LatentRecord]):
     def header(self, index: int) -> LatentHeader:
         """What is known of a record without its latents; caches from before there were headers read it whole."""
         shard, place = self._find(index)
-        entry = self._shards[shard]
+        _, entry = self._shards[shard]
         if not entry.headers:
             return self[index].header
         return self._read(shard, entry.count + place, LatentHeader.from_bytes)
@@ -245,14 +243,14 @@ class LatentSource(Sequence[LatentRecord]):
         try:
             return parse(self._file(shard)[place])
         except (RuntimeError, OSError, BadRecordError) as error:
-            entry = self._shards[shard]
-            raise BadRecordError(f"{self.path}/{entry.file}, record {place % entry.count}: {error}") from error
+            folder, entry = self._shards[shard]
+            raise BadRecordError(f"{folder}/{entry.file}, record {place % entry.count}: {error}") from error
 
     @property
     def sizes(self) -> Counter[tuple[int, int, int]]:
         """How many clips of the whole cache have latents of each size (F, h, w)."""
         total: Counter[tuple[int, int, int]] = Counter()
-        for entry in self._shards:
+        for _, entry in self._shards:
             for size, count in entry.sizes.items():
                 frames, height, width = map(int, size.split("x"))
                 total[frames, height, width] += count
@@ -263,7 +261,7 @@ class LatentSource(Sequence[LatentRecord]):
         """What tells these records from others, as JSON gives it back."""
         return {
             "autoencoder": self.info.autoencoder_hash,
-            "source": self.info.source,
+            "source": self._sources[0] if len(self._sources) == 1 else self._sources,
             "first": self._range.start,
             "records": len(self),
         }
@@ -271,21 +269,21 @@ class LatentSource(Sequence[LatentRecord]):
     @property
     def longest_caption(self) -> str:
         """The caption of the whole cache with most bytes."""
-        return max((entry.longest_caption for entry in self._shards), key=utf8_length, default="")
+        return max((entry.longest_caption for _, entry in self._shards), key=utf8_length, default="")
 
     def _file(self, shard: int) -> Any:
         """The open file of a shard; two threads that open it at once both succeed, and one is kept."""
         if shard not in self._files:
             from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-            entry = self._shards[shard]
+            folder, entry = self._shards[shard]
             count = entry.count * (2 if entry.headers else 1)
-            instruction = _FileInstruction(str(self._local(entry)), 0, count, count)
+            instruction = _FileInstruction(str(self._local(folder, entry)), 0, count, count)
             self._files.setdefault(shard, ArrayRecordDataSource([instruction]))
         return self._files[shard]
 
-    def _local(self, entry: ShardEntry) -> Path:
-        path = self.path / entry.file
+    def _local(self, folder: epath.Path, entry: ShardEntry) -> Path:
+        path = folder / entry.file
         if is_local(path):
             return Path(path)
         # One copy for all processes of this machine, under the identity of the cache and the shard.
@@ -300,6 +298,25 @@ class LatentSource(Sequence[LatentRecord]):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}
+
+
+def _whole_manifest(folder: epath.Path) -> Manifest:
+    """Of a cache that is finished and whose files are all there."""
+    if not (folder / MANIFEST).exists():
+        why = "has no manifest.json" if folder.exists() else "is not there"
+        raise UserError(f"latent cache {folder} {why}; `sora-jax encode SOURCE --out {folder}` makes one")
+    manifest = Manifest.load(folder)
+    if missing := manifest.missing():
+        raise UserError(
+            f"latent cache {folder} is not finished: {len(missing)} of {len(manifest.planned())} "
+            "shards are missing; run the same `sora-jax encode` again and it goes on where it stopped"
+        )
+    for entry in manifest.shards.values():
+        size = file_size(folder / entry.file)
+        if size != entry.bytes:
+            found = "is missing" if size < 0 else f"has {size} bytes, not {entry.bytes}"
+            raise UserError(f"latent cache {folder} is damaged: {entry.file} {found}; encode it again")
+    return manifest
 
 
 @dataclass(frozen=True)
