@@ -10,7 +10,7 @@ encoder starts from one that can read (configs/world_text.py); world-1's first v
 
 Cost: world-1 began with 6 layers (`--config.transformer.n_layers=6`): 1.1 steps/s on two quiet cores with AVX-512,
 65 min for the first 4,250 steps (204,000 rows); then, in bfloat16, 58 min on other clips, 19 min on three sizes, and
-58 + 18 + 56 + 14 min on the mix below and harder ones; then, made twice as deep, 80 + 17 min (docs/world.md has the flags).
+58 + 18 + 56 + 14 min on the mix below and harder ones; then, made twice as deep, 80 + 17 min (flags: docs/world.md).
 Expected loss (training, over all levels): .36 after 1,000 steps, .26 after 2,300, .21 after 3,600; validation at ten
 fixed levels, averaged parameters: .42 after 1,000 steps, .30 after 3,600. What it reaches: docs/world.md.
 """
