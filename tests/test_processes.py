@@ -130,8 +130,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.make_home(tmp_path_factory.mktemp("processes"))
 
 
-@pytest.mark.faults
-@pytest.mark.slow
+@pytest.mark.pods
 def test_a_run_goes_on_in_another_number_of_processes(home: Path, tmp_path: Path):
     """Two processes that share every row, then one with two devices, then two with half of the rows each."""
     expected = run(home, tmp_path / "one", 1, 1, steps=12)
