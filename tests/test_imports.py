@@ -134,6 +134,7 @@ DISTRIBUTION = {
     "orbax": "orbax-checkpoint",
     "skvideo": "scikit-video",
     "skimage": "scikit-image",
+    "yaml": "pyyaml",
 }
 
 
