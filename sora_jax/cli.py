@@ -192,7 +192,9 @@ def _announce(args: argparse.Namespace) -> None:
     devices = describe_devices(getattr(args, "dtype", None) or "auto")
     if not _is_chief():
         return
-    processes = f" · {_processes()} processes ({cluster.name})" if cluster else ""
+    import jax
+
+    processes = f" · {jax.process_count()} processes ({cluster.name})" if cluster else ""
     _say(f"{__version__} · {devices.line}{processes}", separator=" ")
     for line in devices.idle:
         _say(f"warning: {line}")
@@ -203,12 +205,6 @@ def _is_chief() -> bool:
     import jax
 
     return jax.process_index() == 0
-
-
-def _processes() -> int:
-    import jax
-
-    return jax.process_count()
 
 
 @contextlib.contextmanager

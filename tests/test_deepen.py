@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from one_video import one_video
 
 from sora_jax.errors import UserError
 from sora_jax.models.transformer import Transformer, TransformerConfig
-from sora_jax.shapes import Condition, Extent, Stride
-from sora_jax.tokens.patchify import token_positions
+from sora_jax.shapes import Extent, Stride
 from sora_jax.training.deepen import OUTPUTS, deepen
 
 SHALLOW = TransformerConfig(
@@ -33,18 +33,7 @@ def params() -> nnx.State:
 
 
 def loss(layers: int, params: nnx.State) -> jax.Array:
-    rng = np.random.default_rng(1)
-    ones = jnp.ones((1, EXTENT.volume), jnp.int32)
-    condition = Condition(
-        positions=jnp.asarray(token_positions(EXTENT))[None],
-        segment_ids=ones,
-        prompt_ids=ones,
-        level_ids=jnp.zeros_like(ones),
-        given=jnp.zeros(ones.shape, bool),
-        text=jnp.asarray(rng.normal(size=(1, 4, 6)), jnp.float32),
-        text_ids=jnp.ones((1, 4), jnp.int32),
-    )
-    tokens = jnp.asarray(rng.normal(size=(1, EXTENT.volume, 3)), jnp.float32)
+    tokens, condition = one_video(np.random.default_rng(1), EXTENT, channels=3, text=(4, 6))
     graphdef, shapes = network(dataclasses.replace(SHALLOW, n_layers=layers))
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, params)
     return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(tokens, jnp.full((1, 1), 400.0), condition)))

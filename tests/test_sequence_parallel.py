@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from one_video import one_video
 
 from sora_jax.models.attention import attention
 from sora_jax.models.attention_forms import BLOCK, reference_attention, visible
 from sora_jax.models.transformer import Transformer, TransformerConfig
-from sora_jax.shapes import Condition, Extent
+from sora_jax.shapes import Extent
 from sora_jax.sharding import make_mesh
-from sora_jax.tokens.patchify import token_positions
 
 WIDTH = 8
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # half the time to compile
@@ -106,17 +106,7 @@ def test_the_transformer_trades_its_tokens_for_heads():
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: jnp.asarray(rng.normal(scale=0.3, size=p.shape), jnp.float32), shapes)
     extent = Extent(2, 2, (BLOCK + 4) // 4)
-    ones = jnp.ones((1, extent.volume), jnp.int32)
-    condition = Condition(
-        positions=jnp.asarray(token_positions(extent))[None],
-        segment_ids=ones,
-        prompt_ids=ones,
-        level_ids=jnp.zeros_like(ones),
-        given=jnp.zeros(ones.shape, bool),
-        text=jnp.asarray(rng.normal(size=(1, 6, 4)), jnp.float32),
-        text_ids=jnp.ones((1, 6), jnp.int32),
-    )
-    tokens = jnp.asarray(rng.normal(size=(1, extent.volume, 8)), jnp.float32)
+    tokens, condition = one_video(rng, extent, channels=8, text=(6, 4))
 
     def forward(params, tokens):
         return nnx.merge(graphdef, params)(tokens, jnp.full((1, 1), 500.0), condition)
