@@ -13,8 +13,9 @@ from types import ModuleType
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Make": ("sample", "export"),
-    "Train": ("plan", "train", "encode", "eval"),
-    "Tools": ("devices", "bench", "checkpoint", "verify-model"),
+    "Train": ("train", "plan", "checkpoint", "bench", "devices"),
+    "Data": ("encode",),
+    "Trust": ("eval", "verify-model"),
 }
 
 NAMES = tuple(name for names in GROUPS.values() for name in names)
