@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from sora_jax import runtime
 from sora_jax.errors import UserError
-from sora_jax.weights.layout import INDEX, ModelFolder, load_folder
+from sora_jax.weights.layout import INDEX, ModelFolder, Progress, load_folder
 from sora_jax.weights.original import is_original, load_original
 from sora_jax.weights.shipped import find_model
 from sora_jax.weights.umt5 import TEXT_ENCODER
@@ -29,15 +29,16 @@ def load_model(
     lora: Mapping[str, float] | None = None,
     *,
     offload: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[ModelFolder, str]:
     """What `model` names, and how it calls itself. Arguments as those of `Pipeline.load`."""
     path = find_model(model)
     wanted = runtime.compute_dtype(dtype, None if mesh is None else mesh.devices.ravel().tolist())
     on_host = OFFLOADED if offload else ()
     if (path / INDEX).exists():
-        folder = load_folder(path, mesh=mesh, dtype=wanted, on_host=on_host)
+        folder = load_folder(path, mesh=mesh, dtype=wanted, on_host=on_host, progress=progress)
     elif is_original(path):
-        folder = load_original(path, mesh=mesh, dtype=wanted, on_host=on_host)
+        folder = load_original(path, mesh=mesh, dtype=wanted, on_host=on_host, progress=progress)
     else:
         from sora_jax.training.trained import model_of_run  # all of training: slow to import, and rarely needed
 

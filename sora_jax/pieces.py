@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,10 +24,7 @@ from sora_jax.models.structure import structure_of
 from sora_jax.models.text_encoder import TextEncoder
 from sora_jax.models.transformer import Transformer, model_time
 from sora_jax.shapes import Condition
-from sora_jax.weights.layout import ModelFolder
-
-Progress = Callable[[str, int, int], None]
-"""`progress(stage, done, total)` after each step of "denoise" and each frame of "decode"."""
+from sora_jax.weights.layout import ModelFolder, Progress
 
 
 class Pieces:

@@ -59,18 +59,19 @@ class Pipeline(Pieces):
         dtype: str = "auto",
         lora: str | Mapping[str, float] | None = None,
         offload: bool = False,
+        progress: Progress | None = None,
     ) -> Pipeline:
         """`model` is the name of one that ships with the package, or path or URL of a model folder or a run's
         workdir. `mesh` spreads parameters and tokens over devices; as lengths of its axes it takes all of them:
         {"fsdp": 4, "sequence": 2}. Without, one device does it all. `dtype` is that of activations and, for a model
         folder, of parameters: "auto", "float32" or "bfloat16". `lora` names a file of low-rank adapters to merge into
         the transformer, or several with a weight each. With `offload` text encoder and autoencoder lie on the host, and
-        on the devices for as long as they work."""
+        on the devices for as long as they work. `progress` is called with "load", the bytes read and those of all."""
         runtime.enable_compile_cache()
         if mesh is not None and not isinstance(mesh, Mesh):
             mesh = sharding.make_mesh(mesh)
         adapters = {lora: 1.0} if isinstance(lora, str) else lora
-        folder, name = load_model(model, mesh, dtype, adapters, offload=offload)
+        folder, name = load_model(model, mesh, dtype, adapters, offload=offload, progress=progress)
         return cls(folder, name, dtype, mesh, adapters)
 
     def __call__(self, prompt: str | Sequence[str], **options: Any) -> Any:

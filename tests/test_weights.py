@@ -254,7 +254,11 @@ WO = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
     ("damage", "message"),
     [
         (lambda t: t.pop(WO), rf'lacks tensor "{WO}"$'),
-        (lambda t: [t.pop(WO), t.pop("shared.weight")], r'lacks tensor "shared\.weight" \(and 1 more\)$'),
+        (lambda t: [t.pop(WO), t.pop("shared.weight")], rf'lacks tensors "shared\.weight", "{WO}"$'),
+        (
+            lambda t: t.update({f"lm_head.{i:02d}": t[WO] for i in range(12)}),
+            r'unexpected tensors "lm_head\.00", .*"lm_head\.09" and 2 more$',
+        ),
         (lambda t: t.update({"lm_head.weight": t[WO]}), r'unexpected tensor "lm_head\.weight"$'),
         (
             lambda t: t.update({WO: t[WO].T.copy()}),
@@ -341,7 +345,7 @@ def test_other_files_are_refused(text_encoder, content, message):
         ("vae/config.json", {"dim_mult": 3}, "value of the wrong type"),
         ("transformer/config.json", {"_class_name": "FluxTransformer"}, 'describes a "FluxTransformer"'),
         ("transformer/config.json", {"ffn_dim": 24}, r"expected \[24, 12\], found \[20, 12\]"),
-        ("text_encoder/config.json", {"num_layers": 3}, r'lacks tensor "encoder\.block\.2\.layer\.0'),
+        ("text_encoder/config.json", {"num_layers": 3}, r'lacks tensors "encoder\.block\.2\.layer\.0'),
         ("sora_jax.json", {"guidence": 3}, 'unknown key "guidence": did you mean "guidance"'),
     ],
 )

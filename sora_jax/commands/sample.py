@@ -109,7 +109,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     lora = _loras(args.lora) if args.lora else like.lora if like else None
     model = args.model or (like.model if like else "world")
-    pipe = Pipeline.load(model, mesh=mesh, dtype=args.dtype, lora=lora, offload=args.offload)
+    with _progress(str(model)) as progress:
+        pipe = Pipeline.load(model, mesh=mesh, dtype=args.dtype, lora=lora, offload=args.offload, progress=progress)
     seconds = {"load": time.perf_counter() - started, "compile and sample": 0.0, "decode": 0.0, "write": 0.0}
     warn_of_unknown_words(jobs, pipe.name, pipe.folder.defaults.card)
     if "last_image" in images and not settings.keys() & {"frames", "seconds"}:

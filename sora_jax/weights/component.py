@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from sora_jax.weights.safetensors_io import (
 from sora_jax.weights.table import Family, Row
 
 SAVE_DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"]}
+NAMED = 10  # of tensors that are missing or unexpected, so many are named
 FORMAT_VERSION = "0.35.1"  # of `diffusers`: what a folder we write is compatible with
 
 Config = Any  # the frozen config dataclass of a family
@@ -52,56 +54,78 @@ def match_rows(family: Family, config: Config, params: nnx.State) -> list[tuple[
 # --- loading -------------------------------------------------------------------------------------------------------
 
 
-def load_component(
-    folder: epath.PathLike,
-    family: Family,
-    *,
-    mesh: Mesh | None = None,
-    dtype: DTypeLike | None = jnp.float32,
-    on_host: bool = False,
-) -> tuple[Config, nnx.State]:
-    """The config and parameters in `folder` (`config.json` and safetensors).
+@dataclass(frozen=True)
+class CheckedComponent:
+    """A component whose tensors are all there, by name, shape and dtype; not one of them has been read."""
 
-    Parameters are converted to `dtype` (None: as they are stored; those that the family keeps `wide` to float32) and
-    placed on `mesh` by their logical axes, or on the default device; `on_host` they stay numpy arrays. All tensors are
-    checked by name, shape and dtype before the first is read; the first that is missing, unexpected, of the wrong shape
-    or dtype, or cut off is a `UserError` that names it.
+    family: Family
+    config: Config
+    stored: Mapping[str, StoredTensor]
+    params: nnx.State  # shapes
+    rows: list[tuple[tuple, Row]]
+    keys: dict[str, list[str]]  # the stored names of each parameter
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.stored[key].stop - self.stored[key].start for keys in self.keys.values() for key in keys)
+
+    def load(
+        self,
+        *,
+        mesh: Mesh | None = None,
+        dtype: DTypeLike | None = jnp.float32,
+        on_host: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> nnx.State:
+        """The parameters, converted to `dtype` (None: as they are stored; those that the family keeps `wide` to
+        float32) and placed on `mesh` by their logical axes, or on the default device; `on_host` they stay numpy arrays.
+
+        One pass over the files: beside what stays, host memory holds one parameter and one stored tensor at a time.
+        `progress` is told of the bytes of each tensor as it is read.
+        """
+        flat = dict(nnx.to_flat_state(self.params))
+        shardings = dict(nnx.to_flat_state(param_shardings(self.params, mesh))) if mesh is not None else {}
+        with tensor_reader() as read:
+            for path, row in self.rows:
+                tensors = [self.stored[key] for key in self.keys[row.ours]]
+                wide = any(part in row.ours for part in self.family.wide)
+                wanted = DTYPES[tensors[0].dtype] if dtype is None else jnp.dtype(jnp.float32 if wide else dtype)
+                array = np.empty(flat[path].shape, wanted)
+                for n, tensor in enumerate(tensors):
+                    array[n if row.stacked else ...] = row.to_ours(read(tensor))
+                    if progress is not None:
+                        progress(tensor.stop - tensor.start)
+                _check_repeats(row, array, self.stored, read)
+                flat[path] = flat[path].replace(array if on_host else jax.device_put(array, shardings.get(path)))
+        return nnx.from_flat_state(list(flat.items()))
+
+
+def open_component(folder: epath.PathLike, family: Family) -> CheckedComponent:
+    """The component in `folder` (`config.json` and safetensors).
+
+    The first tensor that is missing, unexpected, of the wrong shape or dtype, or cut off is named by a `UserError`.
     """
     folder = epath.Path(folder)
     config = read_config(folder / "config.json", family)
-    file = folder / f"{family.stem}.safetensors"
-    return config, load_params(
-        family, config, read_headers(folder, family.stem), file, mesh=mesh, dtype=dtype, on_host=on_host
-    )
+    return check_component(family, config, read_headers(folder, family.stem), folder / f"{family.stem}.safetensors")
 
 
-def load_params(
-    family: Family,
-    config: Config,
-    stored: Mapping[str, StoredTensor],
-    file: epath.Path,
-    *,
-    mesh: Mesh | None = None,
-    dtype: DTypeLike | None = jnp.float32,
-    on_host: bool = False,
-) -> nnx.State:
-    """The parameters of `config` among the tensors `stored` in `file`, as `load_component` says."""
+def check_component(
+    family: Family, config: Config, stored: Mapping[str, StoredTensor], file: epath.Path
+) -> CheckedComponent:
+    """The component of that config among the tensors `stored` in `file`; raises as `open_component`."""
     params = abstract_params(family, config)
     rows = match_rows(family, config, params)
-    flat = dict(nnx.to_flat_state(params))
-    shardings = dict(nnx.to_flat_state(param_shardings(params, mesh))) if mesh is not None else {}
-    keys = check_tensors(file, stored, [(row, flat[path].shape) for path, row in rows])
-    with tensor_reader() as read:
-        for path, row in rows:
-            tensors = [stored[key] for key in keys[row.ours]]
-            wide = any(part in row.ours for part in family.wide)
-            wanted = DTYPES[tensors[0].dtype] if dtype is None else jnp.dtype(jnp.float32 if wide else dtype)
-            array = np.empty(flat[path].shape, wanted)
-            for n, tensor in enumerate(tensors):
-                array[n if row.stacked else ...] = row.to_ours(read(tensor))
-            _check_repeats(row, array, stored, read)
-            flat[path] = flat[path].replace(array if on_host else jax.device_put(array, shardings.get(path)))
-    return nnx.from_flat_state(list(flat.items()))
+    shapes = {path: variable.shape for path, variable in nnx.to_flat_state(params)}
+    keys = check_tensors(file, stored, [(row, shapes[path]) for path, row in rows])
+    return CheckedComponent(family, config, stored, params, rows, keys)
+
+
+def load_component(folder: epath.PathLike, family: Family, **options: Any) -> tuple[Config, nnx.State]:
+    """The config and parameters in `folder`; `options` are those of `CheckedComponent.load`. Raises `UserError` as
+    `open_component`."""
+    component = open_component(folder, family)
+    return component.config, component.load(**options)
 
 
 def read_config(path: epath.Path, family: Family) -> Config:
@@ -130,7 +154,7 @@ def check_tensors(
         for name in names:
             if name not in stored:
                 missing = [n for r, s in rows for n in r.keys(s) if n not in stored]
-                raise UserError(f'{path} lacks tensor "{name}"{_and_more(missing)}')
+                raise UserError(f"{path} lacks tensor{'s' * (len(missing) > 1)} {_quoted(missing)}")
             if stored[name].shape != expected:
                 found = list(stored[name].shape)
                 raise UserError(
@@ -140,15 +164,17 @@ def check_tensors(
         known |= {*names, *row.also}
     unexpected = [name for name in stored if name not in known]
     if unexpected:
-        raise UserError(f'{path} has an unexpected tensor "{unexpected[0]}"{_and_more(unexpected)}')
+        raise UserError(f"{path} has unexpected tensor{'s' * (len(unexpected) > 1)} {_quoted(unexpected)}")
     for name, tensor in stored.items():
         if tensor.dtype not in DTYPES:
             raise UserError(f'{path}: tensor "{name}" has dtype {tensor.dtype}; known: {", ".join(DTYPES)}')
     return keys
 
 
-def _and_more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+def _quoted(names: list[str]) -> str:
+    """The first ten names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(f'"{name}"' for name in names[:NAMED]) + more
 
 
 def _check_repeats(

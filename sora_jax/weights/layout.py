@@ -14,7 +14,7 @@ No torch is needed for either direction.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.text_encoder import TextEncoderConfig
 from sora_jax.models.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer
 from sora_jax.models.transformer import TransformerConfig
-from sora_jax.weights.component import FORMAT_VERSION, load_component, save_component
+from sora_jax.weights.component import FORMAT_VERSION, CheckedComponent, open_component, save_component
 from sora_jax.weights.defaults import SCHEDULERS, SamplingDefaults, SchedulerDefaults
 from sora_jax.weights.files import new_folder, parse_json, read_json, write_json
 from sora_jax.weights.known import known_defaults
@@ -40,6 +40,8 @@ INDEX = "model_index.json"
 SECOND = "transformer_2"
 OURS = "sora_jax.json"
 FAMILIES = (TRANSFORMER, AUTOENCODER, TEXT_ENCODER)
+Progress = Callable[[str, int, int], None]
+"""`progress(stage, done, total)`: bytes of "load", steps of "denoise", frames of "decode"."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,14 @@ def load_folder(
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = jnp.float32,
     on_host: Collection[str] = (),
+    progress: Progress | None = None,
 ) -> ModelFolder:
-    """Read a model folder; `mesh` and `dtype` as in `load_component`. Components named in `on_host` ("text_encoder",
-    "vae") stay there, and so do the transformers where there are two.
+    """Read a model folder; `mesh` and `dtype` as in `CheckedComponent.load`. Components named in `on_host`
+    ("text_encoder", "vae") stay there, and so do the transformers where there are two. `progress` is called with
+    "load", the bytes read so far, and those of all.
 
-    Raises `UserError`, naming file and tensor, for anything in it that is missing, damaged or not supported.
+    Raises `UserError`, naming file and tensor, for anything in it that is missing, damaged or not supported: before
+    the first tensor is read.
     """
     path = epath.Path(path)
     if not (path / INDEX).exists():
@@ -100,33 +105,54 @@ def load_folder(
     tokenizer = load_tokenizer(path / "tokenizer")
     scheduler = parse_json(path / "scheduler" / "scheduler_config.json", SchedulerDefaults.from_dict)
     defaults = parse_json(path / OURS, SamplingDefaults.from_dict) if (path / OURS).exists() else None
-    hosted = {*on_host, TRANSFORMER.folder} if index.two_experts else {*on_host}
-    (transformer_config, transformer), (autoencoder_config, autoencoder), (text_encoder_config, text_encoder) = (
-        load_component(path / family.folder, family, mesh=mesh, dtype=dtype, on_host=family.folder in hosted)
-        for family in FAMILIES
-    )
-    transformer_2 = None
+    hosted = {*on_host, TRANSFORMER.folder, SECOND} if index.two_experts else {*on_host}
+    opened = {family.folder: open_component(path / family.folder, family) for family in FAMILIES}
+    transformer_config = opened[TRANSFORMER.folder].config
     if index.two_experts:
-        config, transformer_2 = load_component(path / SECOND, TRANSFORMER, mesh=mesh, dtype=dtype, on_host=True)
-        if config != transformer_config:
+        opened[SECOND] = open_component(path / SECOND, TRANSFORMER)
+        if opened[SECOND].config != transformer_config:
             raise UserError(f"{path}: transformer and transformer_2 have different configs")
+    params = load_all(opened, hosted, mesh=mesh, dtype=dtype, progress=progress)
     try:
         return ModelFolder(
             transformer_config,
-            transformer,
-            autoencoder_config,
-            autoencoder,
-            text_encoder_config,
-            text_encoder,
+            params[TRANSFORMER.folder],
+            opened[AUTOENCODER.folder].config,
+            params[AUTOENCODER.folder],
+            opened[TEXT_ENCODER.folder].config,
+            params[TEXT_ENCODER.folder],
             tokenizer,
             scheduler,
             defaults or known_defaults(transformer_config, index.two_experts, takes_frames=index.levels_per_token),
             path,
-            transformer_2,
+            params.get(SECOND),
             index.boundary,
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def load_all(
+    opened: Mapping[str, CheckedComponent],
+    hosted: Collection[str],
+    *,
+    mesh: Mesh | None,
+    dtype: DTypeLike | None,
+    progress: Progress | None,
+) -> dict[str, nnx.State]:
+    """The parameters of components that have all been checked, by name; those in `hosted` stay on the host."""
+    done, total = 0, sum(component.bytes for component in opened.values())
+
+    def tell(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress("load", done, total)
+
+    return {
+        name: component.load(mesh=mesh, dtype=dtype, on_host=name in hosted, progress=tell)
+        for name, component in opened.items()
+    }
 
 
 class Index(NamedTuple):

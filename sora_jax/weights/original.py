@@ -25,11 +25,11 @@ from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.text_encoder import TextEncoderConfig
 from sora_jax.models.tokenizer import SubwordTokenizer
 from sora_jax.models.transformer import TransformerConfig
-from sora_jax.weights.component import load_params, save_params
+from sora_jax.weights.component import check_component, save_params
 from sora_jax.weights.defaults import SchedulerDefaults
 from sora_jax.weights.files import new_folder, parse_json, read_json, write_json
 from sora_jax.weights.known import known_defaults
-from sora_jax.weights.layout import ModelFolder, save_tokenizer
+from sora_jax.weights.layout import SECOND, ModelFolder, Progress, load_all, save_tokenizer
 from sora_jax.weights.safetensors_io import StoredTensor, read_header, read_headers
 from sora_jax.weights.table import Family, Row
 from sora_jax.weights.torch_file import read_torch_file
@@ -211,6 +211,7 @@ def load_original(
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = jnp.float32,
     on_host: Collection[str] = (),
+    progress: Progress | None = None,
 ) -> ModelFolder:
     """A folder of the authors' files; arguments as those of `load_folder`. Raises `UserError` as it does."""
     folders = [path / name for name in EXPERTS] if (path / EXPERTS[0]).exists() else [path]
@@ -228,28 +229,30 @@ def load_original(
     text_tensors = _tensors(text_file)
     text_config = text_encoder_config(text_tensors, text_file)
 
-    def load(family: Family, config: Any, file: epath.Path, stored: Mapping[str, StoredTensor]) -> Any:
-        kept = family.folder in on_host or (family.folder == TRANSFORMER.folder and len(folders) == 2)
-        return load_params(family, config, stored, file, mesh=mesh, dtype=dtype, on_host=kept)
-
-    transformers = [
-        load(ORIGINAL_TRANSFORMER, config, folder, read_headers(folder, TRANSFORMER.stem))
-        for folder, config in zip(folders, configs, strict=True)
-    ]
     autoencoder_config = AUTOENCODERS[autoencoder_file.stem]
-    two = len(transformers) == 2
+    two = len(folders) == 2
+    opened = {
+        name: check_component(ORIGINAL_TRANSFORMER, config, read_headers(folder, TRANSFORMER.stem), folder)
+        for name, folder, config in zip((TRANSFORMER.folder, SECOND), folders, configs, strict=False)
+    }
+    opened[AUTOENCODER.folder] = check_component(
+        ORIGINAL_AUTOENCODER, autoencoder_config, _tensors(autoencoder_file), autoencoder_file
+    )
+    opened[TEXT_ENCODER.folder] = check_component(ORIGINAL_TEXT_ENCODER, text_config, text_tensors, text_file)
+    hosted = {*on_host, TRANSFORMER.folder, SECOND} if two else {*on_host}
+    params = load_all(opened, hosted, mesh=mesh, dtype=dtype, progress=progress)
     return ModelFolder(
         configs[0],
-        transformers[0],
+        params[TRANSFORMER.folder],
         autoencoder_config,
-        load(ORIGINAL_AUTOENCODER, autoencoder_config, autoencoder_file, _tensors(autoencoder_file)),
+        params[AUTOENCODER.folder],
         text_config,
-        load(ORIGINAL_TEXT_ENCODER, text_config, text_file, text_tensors),
+        params[TEXT_ENCODER.folder],
         tokenizer,
         SchedulerDefaults("unipc", _shift(configs[0], two)),
         known_defaults(configs[0], two, takes_frames=takes_frames),
         path,
-        transformers[1] if two else None,
+        params.get(SECOND),
         BOUNDARY if two else None,
     )
 

@@ -4,6 +4,7 @@
 
 Done here rather than by the `safetensors` package because a path may be a URL, because writing needs one tensor in
 memory and not all, and because a file that is cut off must be refused by the name of the tensor that is not there.
+Files are read and not mapped: pages of a mapped file count as the process's memory for as long as the system likes.
 """
 
 from __future__ import annotations

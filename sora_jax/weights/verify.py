@@ -4,18 +4,18 @@ published?"""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
-from flax import nnx
 
 from sora_jax.errors import UserError
-from sora_jax.weights.component import abstract_params, check_tensors, match_rows, read_config
+from sora_jax.weights.component import open_component
 from sora_jax.weights.layout import FAMILIES, INDEX, SECOND, read_index
-from sora_jax.weights.safetensors_io import StoredTensor, read_headers, tensor_reader
+from sora_jax.weights.safetensors_io import StoredTensor, tensor_reader
 from sora_jax.weights.table import Family
 from sora_jax.weights.wan import TRANSFORMER
 
@@ -59,12 +59,8 @@ def verify_folder(path: epath.Path, progress: Callable[[str, int, int], None] | 
 
 
 def _verify(folder: epath.Path, family: Family, progress: Callable[[str, int, int], None] | None) -> Verdict:
-    config = read_config(folder / "config.json", family)
-    params = abstract_params(family, config)
-    shapes = dict(nnx.to_flat_state(params))
-    stored = read_headers(folder, family.stem)
-    rows = match_rows(family, config, params)
-    check_tensors(folder / f"{family.stem}.safetensors", stored, [(row, shapes[path].shape) for path, row in rows])
+    component = open_component(folder, family)
+    stored = component.stored
     digest = hashlib.sha256()
     count, total, squares, largest = 0, 0.0, 0.0, 0.0
     strange: list[Strange] = []
@@ -86,13 +82,13 @@ def _verify(folder: epath.Path, family: Family, progress: Callable[[str, int, in
         largest = max(largest, top)
         if progress is not None:
             progress(folder.name, done + 1, len(stored))
-    parameters = sum(leaf.size for leaf in shapes.values())
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(component.params))
     mean = total / max(count, 1)
     return Verdict(
         component=folder.name,
         tensors=len(stored),
         parameters=parameters,
-        published=_published(family, config),
+        published=_published(family, component.config),
         dtypes=tuple(sorted({tensor.dtype for tensor in stored.values()})),
         largest=largest,
         deviation=float(np.sqrt(max(squares / max(count, 1) - mean**2, 0.0))),
@@ -101,7 +97,7 @@ def _verify(folder: epath.Path, family: Family, progress: Callable[[str, int, in
     )
 
 
-def _tensors(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, np.ndarray, bytes]]:
+def _tensors(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, np.ndarray, bytes]]:
     with tensor_reader() as read:
         for name in sorted(stored):
             tensor = read(stored[name])
