@@ -36,7 +36,7 @@ ROWS = {
     "wan-encode": "17 frames of 128x128 through the 2.1 autoencoder at base width 32, float32",
     "wan-decode": "and back",
     "umt5": "512 tokens through 4 layers of UMT5 at width 1024, float32",
-    "wan-load": "a folder of Wan 2.1 1.3B and UMT5-XXL, random: 15 GB of disk and memory; only when it is named",
+    "wan-load": "to load a folder of Wan 2.1 1.3B and UMT5-XXL, random: 15 GB of disk, 20 of memory; only when named",
 }
 NAMED_ONLY = ("wan-load",)
 # Those that the reference is timed at, too, where it is installed (extra parity).
