@@ -21,7 +21,7 @@ from sora_jax.tokens.planning import ClipShape, LookAhead, imbalance, like_steps
 
 MAX_BAD_SHARE = 0.05
 # Why clips are left out of the stream, besides those that cannot be read; and captions, of clips that have others.
-CLIP_TOO_LONG, CAPTION_TOO_LONG, LONG_CAPTIONS = "clip too long", "caption too long", "long captions"
+CLIP_TOO_LONG, CAPTION_TOO_LONG, LONG_CAPTIONS = REASONS = "clip too long", "caption too long", "long captions"
 
 Rows = list[list[Element]]
 
@@ -75,7 +75,7 @@ def plan_steps(
     with _Arrivals(elements, state, unreadable) as arrivals:
         before = {name: state[name] for name in first_state()}
         for steps, waiting in plan(arrivals):
-            left_out = {reason: count for reason, count in arrivals.left_out.items() if count}
+            left_out = {reason: arrivals.left_out[reason] for reason in REASONS if arrivals.left_out[reason]}
             after = {"next": arrivals.read, "carry": waiting, "done": 0, "left_out": left_out}
             for done in range(before["done"], len(steps)):
                 rows, sizes = steps[done]
