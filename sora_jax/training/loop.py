@@ -33,6 +33,7 @@ from sora_jax.media import write_media
 from sora_jax.record import Record
 from sora_jax.runtime import compute_dtype
 from sora_jax.training.checkpoint import Checkpoints
+from sora_jax.training.compilations import Compilations
 from sora_jax.training.files import write_text
 from sora_jax.training.metrics import Averages, Clock, LateMetrics, MetricsWriter, peak_flops
 from sora_jax.training.optimizer import count_parameters, make_optimizer, make_schedule
@@ -138,13 +139,8 @@ def train(
     clock = Clock()
     window = Window(clock, stage, mesh)
     extras: dict[int, dict[str, float]] = {}  # what else belongs to a step's line
-    compiled: set[Any] = set()  # shapes of the batches seen so far; a new one is a new program
+    programs = Compilations()  # of the step
     last_line: dict[str, float] = {}
-
-    def programs() -> int:
-        """How many programs the step was compiled to: by JAX's own count where it has one, else by the batches' shapes."""
-        counted = getattr(getattr(stage.step, "func", stage.step), "_cache_size", None)
-        return counted() if counted else len(compiled)
 
     def receive(step: int, values: dict[str, float]) -> None:
         """The metrics of a step, as they come in from the device."""
@@ -162,7 +158,7 @@ def train(
         regular = due(step, settings.log_every)
         if regular or step in extras or step == settings.steps:
             line = averages.means() | {"learning_rate": float(learning_rate(step - 1))} | window.rates(step)
-            line |= {"programs": programs(), **(stage.gauges() if stage.gauges else {})}
+            line |= {"programs": programs.count, **(stage.gauges() if stage.gauges else {})}
             line |= extras.pop(step, {})
             if regular:  # lines in between do not change what the regular ones say
                 averages.clear()
@@ -188,6 +184,7 @@ def train(
 
     # ----------------------------------------------------------------------------------------------------------- loop
     step = saved = start
+    compiled: set[Any] = set()  # shapes of the batches seen so far; a new one is a new program
     with stop_signals(say) as stop, jax.set_mesh(mesh):
         window.begin(start)
         try:
@@ -197,7 +194,7 @@ def train(
                 shape = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
                 if shape not in compiled:
                     late.flush()
-                with clock.spent_on("dispatch" if shape in compiled else "compile"):
+                with clock.spent_on("dispatch" if shape in compiled else "compile"), programs:
                     state, metrics = stage.step(state, batch)
                 compiled.add(shape)
                 window.did(batch)
@@ -237,7 +234,7 @@ def train(
     say(
         f"{'stopped' if step < settings.steps else 'done'} at step {step}, saved at {saved}, after "
         f"{duration(spent['total'])}" + (f" (of which {overhead})" if overhead else "")
-        + f"; the step was compiled to {programs()} program{'s' * (programs() != 1)}"
+        + f"; the step was compiled to {programs.count} program{'s' * (programs.count != 1)}"
     )
     return Summary(step, step < settings.steps, dict(last_line))
 
