@@ -17,7 +17,8 @@ from sora_jax.diffusion.levels import LevelsConfig, draw_levels
 from sora_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sora_jax.models.transformer import Transformer, TransformerConfig
 from sora_jax.shapes import Stride
-from sora_jax.tokens.packing import Clip, PackedRows, clip_shape, fill_rows, plan_rows
+from sora_jax.tokens.packing import Clip, PackedRows, clip_shape, fill_rows
+from sora_jax.tokens.planning import plan_rows
 from sora_jax.training.diffusion_step import DiffusionModules, diffusion_loss
 from sora_jax.training.loop import place
 from sora_jax.training.state import state_shardings

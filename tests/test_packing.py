@@ -14,17 +14,13 @@ from sora_jax.errors import UserError
 from sora_jax.shapes import Stride
 from sora_jax.tokens.packing import (
     Clip,
-    ClipShape,
     PackedRows,
     clip_shape,
     fill_ratio,
     fill_rows,
-    left_over,
-    plan_rows,
-    row_cost,
-    steps_of_like_cost,
     unpack_rows,
 )
+from sora_jax.tokens.planning import ClipShape, plan_rows
 
 ROW = {"row_tokens": 48, "row_text": 24, "row_groups": 8}
 shapes = st.lists(

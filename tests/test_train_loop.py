@@ -169,6 +169,7 @@ def test_a_run_leaves_its_files(run: Run):
     assert run.lines[-1]["loss"] == summary.metrics["loss"]
     for name in ("grad_norm", "learning_rate", "steps_per_second", "tokens_per_second", "data_wait", "tflops"):
         assert all(line[name] >= 0 for line in run.lines)
+    assert [line["programs"] for line in run.lines] == [1] * 6, "the step was compiled once"
     assert run.steps == [4, 6]
     samples = sorted(path.name for path in (run.workdir / "samples").iterdir())
     assert samples == ["0000003.mp4", "0000006.mp4"]

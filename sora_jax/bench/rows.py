@@ -77,7 +77,7 @@ def world_train_step(model: str) -> float:
 
 
 def loader_clip(model: str) -> float:
-    """One clip through the loader on one core: read from a latent cache, captioned, packed."""
+    """One clip through the packed loader on one core: planned from its header, read from a latent cache, filled in."""
     from sora_jax.config import load_config
     from sora_jax.data.latents import CacheInfo, LatentRecord, LatentSource, LatentWriter
     from sora_jax.data.loader import make_loader
@@ -103,19 +103,24 @@ def loader_clip(model: str) -> float:
             row_groups=data.groups,
             image_share=data.image_share,
             caption_dropout=data.caption_dropout,
+            look_ahead=data.look_ahead,
+            plan_steps=data.plan_steps,
             prefetch=0,
         )
-        per_batch: list[int] = []
+        per_plan: list[int] = []
 
-        def batch() -> None:
-            arrays = next(loader)
-            per_batch.append(int(arrays["segment_ids"].max(axis=1).sum()))
+        def plan() -> None:
+            """All steps of one plan: the first pays for the planning, the others are filled only."""
+            before = loader.stats.clips
+            for _ in range(data.plan_steps):
+                next(loader)
+            per_plan.append(loader.stats.clips - before)
 
         try:
-            seconds = median_seconds(batch)
+            seconds = median_seconds(plan)
         finally:
             loader.close()
-    return seconds / statistics.mean(per_batch)
+    return seconds / statistics.mean(per_plan)
 
 
 def world_render(model: str) -> float:

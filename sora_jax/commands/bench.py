@@ -29,7 +29,7 @@ ROWS = {
     "world-sampler-step": "a guided solver step of one video",
     "world-train-step": "a train step of the config world, a full batch of rows",
     "autoencoder-decode": "17 frames of 64x64 from their latents",
-    "loader": "a clip from the latent cache into a packed row, one core",
+    "loader": "a clip through the packed loader: planned, read from the latent cache, put into its row; one core",
     "world-render": "a clip of the world, 17 frames of 64x64 and its captions, one core",
     "wan-transformer-forward": "4 layers of the 1.3B width over 4,680 tokens, float32",
     "wan-train-step": "the same, with gradients and AdamW",

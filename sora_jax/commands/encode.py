@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from sora_jax.training.encoding import Progress
 
 HELP = "encode clips to a cache of latents for training; goes on where it stopped"
+CLUSTER = True  # processes share the shards that are missing
 EXAMPLES = """
     sora-jax encode world --clips 100000 --out latents/world
     sora-jax encode world --clips 100000 --out latents/shapes --sizes 64x64,64x96,96x64
     sora-jax encode world --clips 100000 --out latents/pairs --mix single=0.3,pair=0.6
     sora-jax encode my_videos --out latents/mine --height 128 --width 192 --fps 8
     sora-jax encode world --split heldout --clips 256 --out gs://bucket/heldout --autoencoder runs/autoencoder
+    launch/local.sh 4 sora-jax encode my_videos --out latents/mine      # four processes share the work
 """
 
 
@@ -66,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     _check_world_flags(args)
 
+    import jax
+
     from sora_jax.runtime import compute_dtype
     from sora_jax.training.encoding import encode_clips
     from sora_jax.training.pretrained import load_autoencoder
@@ -89,11 +93,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             progress=progress,
         )
     left_out += encoded.left_out
+    first = jax.process_index() == 0
     for kind, names in (("could not be read", left_out), ("too short", too_short)):
-        for name in names:
+        for name in names if first else ():
             print(f"left out, {kind}: {name}", file=sys.stderr)
     rate = encoded.made / max(encoded.seconds, 1e-9)
-    if not args.json:
+    if not args.json and first:
         print(f"{args.out}: {encoded.clips} clips, {encoded.made} of them now, {rate:.1f} clips/s")
     return {
         "path": args.out,
@@ -101,6 +106,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "made": encoded.made,
         "left_out": left_out,
         "too_short": too_short,
+        "programs": encoded.programs,
         "seconds": encoded.seconds,
         "clips_per_second": rate,
     }
@@ -169,7 +175,14 @@ def _mix(text: str | None) -> Mix:
 
 @contextmanager
 def _progress(title: str) -> Iterator[Progress]:
-    """A bar on a terminal; in a log a line for every tenth."""
+    """A bar on a terminal; in a log a line for every tenth. Of several processes the first one shows its own share."""
+    import jax
+
+    if jax.process_index():
+        yield lambda done, total: None
+        return
+    if jax.process_count() > 1:
+        title = f"{title}, process 1 of {jax.process_count()}"
     if not sys.stderr.isatty():
         said = -1
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +125,21 @@ class ShardEntry:
     skipped: list[str] = field(default_factory=list)  # the clips that could not be read, with the reason
 
 
+def write_entry(path: epath.Path, number: int, entry: ShardEntry) -> None:
+    """A shard's entry as a file of its own."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps({"index": number, **dataclasses.asdict(entry)}, ensure_ascii=False))
+
+
+def read_entry(path: epath.Path) -> tuple[int, ShardEntry]:
+    """The inverse of `write_entry`."""
+    try:
+        document = json.loads(path.read_text())
+        return document.pop("index"), ShardEntry(**document)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} tells of no shard of latents ({error}): delete it, and encode again") from error
+
+
 @dataclass
 class Manifest:
     """What was asked for, and the shards of it that are finished, by number."""
@@ -208,7 +224,8 @@ def whole_file(path: epath.Path) -> Iterator[Path]:
     Objects in a store do not rename, but appear whole when they are uploaded; so the upload comes last there.
     """
     if is_local(path):
-        temporary = Path(f"{os.fspath(path)}.partial")
+        # A name of its own, lest a process that was given up for dead and is not writes into another's file.
+        temporary = Path(f"{os.fspath(path)}.{uuid.uuid4().hex[:8]}.partial")
         try:
             yield temporary
             os.replace(temporary, os.fspath(path))

@@ -2,6 +2,7 @@
 
     FOLDER/
       manifest.json                       what was encoded, by which autoencoder, and the shards with counts and sizes
+      latents-00000.json ...               a shard that is not yet in the manifest, while several processes write
       latents-00000.arrayrecord ...        one record = one clip; then their headers once more, without latents
 
 A record is a 4-byte little-endian length, that many bytes of JSON (captions, fps, source, sizes), and the normalised
@@ -41,8 +42,10 @@ from sora_jax.data.latent_files import (
     ShardEntry,
     file_size,
     is_local,
+    read_entry,
     utf8_length,
     whole_file,
+    write_entry,
 )
 from sora_jax.errors import UserError
 
@@ -73,17 +76,33 @@ class LatentWriter:
                 for index in range(shard.start, shard.stop):
                     out.add(record)  # or out.skip("a.mp4: why it could not be read")
 
+    Several processes may write one cache: the `first` opens it, then the others do, each writes shards that no other
+    does, and when all are done the first one's `gather` makes them known. Until then a finished shard is told of by a
+    file of its own, latents-00003.json, so that no two processes write to one file; whoever opens the cache next, in any
+    number of processes, gathers what a run that was killed has left.
+
     Raises `UserError` when the folder holds something else, or latents of another autoencoder or source.
     """
 
-    def __init__(self, path: str | os.PathLike[str], info: CacheInfo, *, clips: int, clips_per_shard: int = 1024):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        info: CacheInfo,
+        *,
+        clips: int,
+        clips_per_shard: int = 1024,
+        shared: bool = False,
+        first: bool = True,
+    ):
         if clips < 1 or clips_per_shard < 1:
             raise UserError(f"a latent cache holds at least 1 clip a shard, not {clips} in shards of {clips_per_shard}")
-        self.path = epath.Path(path)
+        self.path, self._shared = epath.Path(path), shared
         if (self.path / MANIFEST).exists():
             self._manifest = Manifest.load(self.path)
             self._refuse_other(info, clips, clips_per_shard)
             self._manifest.clips = clips
+        elif not first:
+            raise UserError(f"{self.path} cannot be seen from here: all processes must write to one folder")
         else:
             if self.path.exists() and (
                 not self.path.is_dir() or any(p.suffix != ".partial" for p in self.path.iterdir())
@@ -91,9 +110,10 @@ class LatentWriter:
                 raise UserError(f"{self.path} is there and is no latent cache; give an empty or a new folder")
             self.path.mkdir(parents=True, exist_ok=True)
             self._manifest = Manifest(info, clips, clips_per_shard, {})
-        for left_behind in self.path.glob("*.partial"):
-            left_behind.unlink()
-        self._manifest.save(self.path)
+        if first:
+            for left_behind in self.path.glob("*.partial"):
+                left_behind.unlink()
+            self.gather()
 
     def _refuse_other(self, info: CacheInfo, clips: int, clips_per_shard: int) -> None:
         """A cache is of one autoencoder and one source: mixed latents would train without an error, and badly."""
@@ -116,6 +136,21 @@ class LatentWriter:
             raise UserError(
                 f"{self.path} already has {self._manifest.clips} clips, more than {clips}; give another folder"
             )
+
+    def gather(self) -> None:
+        """Enter the shards of all processes into the manifest; for the first process, when no other writes."""
+        told = sorted(self.path.glob("latents-*.json"))
+        for path in told:
+            number, entry = read_entry(path)
+            if file_size(self.path / entry.file) == entry.bytes:
+                self._manifest.shards[number] = entry
+        self._manifest.save(self.path)
+        for path in told:
+            path.unlink()
+
+    def reload(self) -> None:
+        """See what the first process has gathered."""
+        self._manifest = Manifest.load(self.path)
 
     @property
     def count(self) -> int:
@@ -158,7 +193,10 @@ class LatentWriter:
                 file.close()
         entry.bytes = file_size(self.path / name)
         self._manifest.shards[shard.number] = entry
-        self._manifest.save(self.path)
+        if self._shared:
+            write_entry(self.path / f"latents-{shard.number:05d}.json", shard.number, entry)
+        else:
+            self._manifest.save(self.path)
 
 
 class ShardWriter:

@@ -1,40 +1,30 @@
 """From a latent cache to packed rows: order, captions, packing, and a state that goes on to the bit.
 
-    records ─ shuffled, repeated, cut and captioned (`stream`) ─ first-fit into rows ─ made ahead in a thread
+    headers ─ shuffled, repeated, cut, captioned (`stream`) ─ rows and steps (`plans`) ─ filled ahead, in a thread
 
-The state of a loader is small: how far the stream was read, and the numbers of the clips that were read but found no
-room yet.
+The state of a loader is small: how far the stream was read, and the numbers of the clips that were read but are in no
+row yet.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
+import math
 import queue
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from sora_jax.data.latents import BadRecordError, LatentSource
-from sora_jax.data.stream import Element, Elements, LoaderOptions, Records, Tokenize, random_stream, stream
+from sora_jax.data.plans import PlannedStep, Unreadable, first_state, plan_steps
+from sora_jax.data.stream import Elements, LoaderOptions, Records, Tokenize
 from sora_jax.errors import UserError
 from sora_jax.shapes import Stride
-from sora_jax.tokens.packing import (
-    Clip,
-    ClipShape,
-    FillRatio,
-    FirstFit,
-    fill_ratio,
-    fill_rows,
-    steps_of_like_cost,
-)
-
-MAX_BAD_SHARE = 0.05
-_LOOK_AHEAD = 16  # clips that may wait for the next step, at least: with fewer, rows stay emptier
-_WIDTH = 1024  # of the transformer whose costs order rows; the order hardly depends on it
+from sora_jax.tokens.packing import Clip, FillRatio, fill_ratio, fill_rows
+from sora_jax.tokens.planning import ClipShape, misfit
 
 Batch = dict[str, np.ndarray]
 
@@ -44,8 +34,17 @@ class LoaderStats(NamedTuple):
 
     elements: int  # of the stream, packed or waiting for room
     epoch: float
+    clips: int  # in the batches
     bad_records: int  # different ones that were met here
+    left_out: Mapping[str, int]  # how many clips, and captions of clips that have others, by reason (`data.plans`)
     fill: FillRatio | None  # of the last batch
+    imbalance: float | None  # (max - mean) / mean over the costs of the last step's rows, of all parts
+
+    def __str__(self) -> str:
+        """For people: "epoch 1.25, 4,096 clips, left out: 3 unreadable, 2 clip too long"."""
+        counts = {"unreadable": self.bad_records, **self.left_out}
+        out = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
+        return f"epoch {self.epoch:.2f}, {self.clips:,} clips, left out: {out or 'none'}"
 
 
 class Loader:
@@ -57,10 +56,9 @@ class Loader:
     def __init__(self, source: Records, tokenize: Tokenize, options: LoaderOptions):
         self.options = options
         self._elements = Elements(source, tokenize, options)
-        self._least = _least_shape(source, options)
         self._identity = _identity(source, options)
-        self._state: dict[str, Any] = {"next": 0, "carry": [], "bad": [], "done": 0}
-        self._fill: FillRatio | None = None
+        self._state: dict[str, Any] = {**first_state(), "bad": []}
+        self.stats = self._stats(0, 0, [], {})
         self._producer: _Producer | None = None
         self._closed = False
 
@@ -72,8 +70,7 @@ class Loader:
             raise ValueError("this loader is closed")
         if self._producer is None:
             self._producer = _Producer(self._batches(self._state), self.options.prefetch)
-        batch, self._state = next(self._producer)
-        self._fill = fill_ratio(batch)
+        batch, self._state, self.stats = next(self._producer)
         return batch
 
     def state(self) -> dict[str, Any]:
@@ -88,11 +85,7 @@ class Loader:
                 raise UserError(f"the data cannot go on where it stopped: {name} was {theirs} and is {ours}")
         self._stop()
         self._state = {name: state[name] for name in self._state}
-
-    @property
-    def stats(self) -> LoaderStats:
-        read = self._state["next"]
-        return LoaderStats(read, read / len(self._elements.source), len(self._state["bad"]), self._fill)
+        self.stats = self._stats(*(self._state[name] for name in ("next", "clips", "bad", "left_out")))
 
     def close(self) -> None:
         """End its thread and processes; it gives no more batches."""
@@ -110,99 +103,53 @@ class Loader:
             self._producer.close()
             self._producer = None
 
-    # ------------------------------------------------------------------------------------------------------- packing
+    # ------------------------------------------------------------------------------------------------------- filling
 
-    def _batches(self, state: Mapping[str, Any]) -> Generator[tuple[Batch, dict[str, Any]], None, None]:
-        """Batches from `state` on, each with the state after it.
+    def _batches(self, state: Mapping[str, Any]) -> Generator[tuple[Batch, dict[str, Any], LoaderStats], None, None]:
+        """Batches from `state` on, each with the state after it."""
+        unreadable = Unreadable(self._elements.source, state["bad"])
+        channels: int | None = None
+        with contextlib.closing(plan_steps(self._elements, state, unreadable)) as steps:
+            for step in steps:
+                plan, clips = self._own_clips(step, unreadable)
+                if channels is None:
+                    channels = next(element.channels for row in step.rows for element in row)
+                tokens, text, groups = step.sizes
+                batch = fill_rows(
+                    plan,
+                    clips,
+                    row_tokens=tokens,
+                    row_text=text,
+                    row_groups=groups,
+                    patch=self.options.patch,
+                    channels=channels,
+                )
+                bad = sorted(unreadable.records)
+                stats = self._stats(step.read, step.state["clips"], bad, step.left_out)
+                stats = stats._replace(fill=fill_ratio(batch), imbalance=step.imbalance)
+                yield batch, {**step.state, "bad": bad}, stats
 
-        A plan takes the clips left over from the one before, then reads on until its rows are full, or until as many
-        clips as a step has rows (or `_LOOK_AHEAD`) found no room: these come first next time, so none waits long.
-        In the middle of a plan for several steps, the state is that before the plan and how many of its steps are done.
-        """
-        options, following, bad = self.options, int(state["next"]), set(state["bad"])
-        carry = [self._again(number) for number in state["carry"]]
-        sizes = {"row_tokens": options.row_tokens, "row_text": options.row_text, "row_groups": options.row_groups}
-        with contextlib.closing(stream(self._elements, following)) as arriving:
-            while True:
-                fit = FirstFit(**sizes, max_rows=options.rows * options.plan_steps, least=self._least)
-                packed: list[Element] = []
-                waiting: list[Element] = []
-                pending = collections.deque(carry)
-                while not fit.full and len(waiting) < max(options.rows, _LOOK_AHEAD):
-                    if pending:
-                        element = pending.popleft()
-                    elif (read := next(arriving, None)) is None:
-                        break
-                    else:
-                        element, following = read, following + 1
-                    if element.size is None:
-                        bad.add(element.record)
-                        self._refuse_bad(bad, following, element.name)
-                    elif fit.place(len(packed), element.shape(options.patch), element.name):
-                        packed.append(element)
-                    else:
-                        waiting.append(element)
-                if not packed:
-                    return
-                carry = [*waiting, *pending]
-                carried = [element.number for element in carry]
-                after = {"next": following, "carry": carried, "done": 0}
-                steps = self._deal(fit.rows, packed, following)
-                channels = packed[0].channels
-                for done in range(state["done"], len(steps)):
-                    plan, clips = self._own_clips(steps[done], packed, bad, following)
-                    batch = fill_rows(plan, clips, **sizes, patch=options.patch, channels=channels)
-                    place = after if done + 1 == len(steps) else {**state, "done": done + 1}
-                    yield batch, {**place, "bad": sorted(bad)}
-                state = after
-
-    def _own_clips(
-        self, step: list[list[int]], packed: list[Element], bad: set[int], read: int
-    ) -> tuple[list[list[int]], list[Clip]]:
+    def _own_clips(self, step: PlannedStep, unreadable: Unreadable) -> tuple[list[list[int]], list[Clip]]:
         """This part's rows of a step, as a plan over its own clips. One that cannot be read leaves its place empty: the
         others have planned with it."""
         options = self.options
         size = options.rows // options.parts
         plan: list[list[int]] = []
         clips: list[Clip] = []
-        for row in step[options.part * size : (options.part + 1) * size]:
+        for row in step.rows[options.part * size : (options.part + 1) * size]:
             plan.append([])
-            for element in (packed[index] for index in row):
+            for element in row:
                 try:
                     clip = Clip(self._elements.latents(element), element.text)
                 except BadRecordError as error:
-                    bad.add(element.record)
-                    self._refuse_bad(bad, read // options.parts, str(error))
+                    unreadable.add(element.record, step.state["clips"] // options.parts, str(error))
                     continue
                 plan[-1].append(len(clips))
                 clips.append(clip)
         return plan, clips
 
-    def _deal(self, rows: list[list[int]], packed: list[Element], number: int) -> list[list[list[int]]]:
-        """The steps of a plan; those of several steps in random order, lest training sees clips sorted by size."""
-        options = self.options
-        if options.plan_steps == 1:
-            return [rows]
-        shapes = [element.shape(options.patch) for element in packed]
-        steps = steps_of_like_cost([row for row in rows if row], shapes, rows=options.rows, width=_WIDTH)
-        order = random_stream(options.seed, number, purpose=2).permutation(len(steps))
-        return [steps[step] for step in order]
-
-    def _again(self, number: int) -> Element:
-        """A clip that was read before the loader stopped, and found no room."""
-        element = self._elements[number]
-        if element.size is None:
-            raise UserError(f"the data cannot go on where it stopped: {element.name}")
-        return element
-
-    def _refuse_bad(self, bad: set[int], read: int, reason: str) -> None:
-        """Give up when too many different records cannot be read; never on a handful of the first ones."""
-        records = len(self._elements.source)
-        if len(bad) > MAX_BAD_SHARE * min(records, max(read, 1000)):
-            raise UserError(
-                f"{len(bad)} of {min(records, read)} records could not be read, more than {MAX_BAD_SHARE:.0%} allow; "
-                f"encode again; the last: {reason}"
-            )
+    def _stats(self, read: int, clips: int, bad: Sequence[int], left_out: Mapping[str, int]) -> LoaderStats:
+        return LoaderStats(read, read / len(self._elements.source), clips, len(bad), dict(left_out), None, None)
 
 
 def make_loader(
@@ -216,7 +163,7 @@ def make_loader(
     patch: Stride = Stride(1, 1, 1),
     **options: Any,
 ) -> Loader:
-    """Batches of packed rows (`PackedRows` as a dict of numpy arrays) from a source of latents.
+    """Batches of rows (`PackedRows` as a dict of numpy arrays) from a source of latents, packed or in buckets (`plans`).
 
     `tokenize` makes the token ids of a prompt; with workers it must travel to another process. `row_groups` is by
     default as many as `row_tokens` can need. The other options are those of `LoaderOptions`. With `parts`, every loader
@@ -224,7 +171,7 @@ def make_loader(
     loader alone.
 
     A record that cannot be read is left out and counted (`stats`); more than 5 % raise `UserError`. So does, before
-    the first batch, a cache with clips or captions that fit no row.
+    the first batch, a cache with clips or captions that fit no row, unless `skip_misfits` has them left out, and counted.
     """
     if not len(source):
         raise UserError("the source of latents is empty")
@@ -237,35 +184,26 @@ def make_loader(
     if unknown := sorted(set(options) - set(known)):
         raise TypeError(f"make_loader() has no option {unknown[0]!r}")
     made = LoaderOptions(rows, row_tokens, row_text, row_groups, patch, **options)
-    if isinstance(source, LatentSource):
+    if isinstance(source, LatentSource) and not made.skip_misfits:
         _refuse_misfits(source, tokenize, made)
     return Loader(source, tokenize, made)
 
 
 def _refuse_misfits(source: LatentSource, tokenize: Tokenize, options: LoaderOptions) -> None:
     """Find what would fit no row now, and not after hours of training."""
-    fit = FirstFit(options.row_tokens, options.row_text, options.row_groups)
-    for frames, height, width in source.sizes:
-        tokens = frames * height * width // (options.patch.time * options.patch.height * options.patch.width)
-        shape = ClipShape(tokens, 1, frames // options.patch.time)
-        fit.place(0, shape, f"a clip of {frames}x{height}x{width} latents in {source.path}")
-    if options.skip_long_captions:
-        return
-    caption = source.longest_caption
-    fit.place(0, ClipShape(1, len(tokenize(caption)), 1), f'the caption "{caption[:40]}..." in {source.path}')
-
-
-def _least_shape(source: Records, options: LoaderOptions) -> ClipShape | None:
-    """The smallest clip that may come, so that a row is known to be full."""
-    if not isinstance(source, LatentSource):
-        return None
-    cut = options.image_share + options.prefix_share > 0
-    volume = options.patch.time * options.patch.height * options.patch.width
-    return ClipShape(
-        min((1 if cut else frames) * height * width for frames, height, width in source.sizes) // volume,
-        1,
-        1 if cut else min(frames for frames, _, _ in source.sizes) // options.patch.time,
-    )
+    limits = ClipShape(options.row_tokens, options.row_text, options.row_groups)
+    shapes = {
+        f"a clip of {frames}x{height}x{width} latents": ClipShape(
+            frames * height * width // math.prod(options.patch), 1, frames // options.patch.time
+        )
+        for frames, height, width in source.sizes
+    }
+    if not options.skip_long_captions:
+        caption = source.longest_caption
+        shapes[f'the caption "{caption[:40]}..."'] = ClipShape(1, len(tokenize(caption)), 1)
+    for name, shape in shapes.items():
+        if fault := misfit(shape, limits):
+            raise UserError(f"{name} in {source.path} has {fault}, or leave such clips out with skip_misfits")
 
 
 def _identity(source: Records, options: LoaderOptions) -> dict[str, Any]:

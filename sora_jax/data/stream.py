@@ -16,14 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from sora_jax.data.latents import BadRecordError, LatentHeader, LatentRecord
 from sora_jax.errors import UserError
 from sora_jax.shapes import Extent, Stride, token_extent
-from sora_jax.tokens.packing import ClipShape
+from sora_jax.tokens.planning import ClipShape
 
 _CHUNK = 16  # elements that travel from a worker at once
 
@@ -54,9 +54,13 @@ class LoaderOptions:
     prefix_share: float = 0.0  # of the clips, cut to a shorter clip of at least 2 latents
     caption_dropout: float = 0.0  # of the clips, with the empty prompt
     skip_long_captions: bool = False  # of a clip's captions only those that fit a row; else one too long is an error
+    skip_misfits: bool = False  # clips that fit no row, or have no caption that does; else one of these is an error
     shuffle: bool = True
     epochs: int | None = None  # None: for ever
+    packing: Literal["packed", "buckets"] = "packed"  # see `data.plans`
+    look_ahead: int = 16  # clips that a row is chosen from
     plan_steps: int = 1  # steps planned together, so that rows of like cost come in one step
+    quadratic: float = 0.0  # a clip of n tokens costs n + this n^2 (`planning.quadratic_share`)
     part: int = 0  # which of `parts` equal slices of the rows this loader fills
     parts: int = 1
     workers: int = 0  # processes that read; 0 = a thread of this one
@@ -79,7 +83,9 @@ class LoaderOptions:
             ("row_tokens", 1),
             ("row_text", 1),
             ("row_groups", 1),
+            ("look_ahead", 1),
             ("plan_steps", 1),
+            ("quadratic", 0),
             ("workers", 0),
         ):
             if getattr(self, name) < least:
@@ -95,6 +101,7 @@ class Element(NamedTuple):
     text: np.ndarray  # int32 [L]
     name: str  # where the clip came from, or why it could not be read
     latents: np.ndarray | None = None  # float16, of that size, where they were read at once
+    long_captions: int = 0  # of its captions were not to be had, being too long
 
     @property
     def channels(self) -> int:
@@ -138,8 +145,9 @@ def cut_and_caption(
 class Elements:
     """The stream by number: `epochs` times all records, in an order that is new each time.
 
-    Where one loader fills all rows, a record is read once, whole. Where several share them, all read every header, and
-    `latents` of what lies in their own rows.
+    Of a source that has headers these alone are read, and `latents` when a row is filled: many clips may be planned
+    ahead then, and of several loaders that share the rows each reads the latents of its own. Other records are read
+    once, whole.
 
     The order is a permutation per epoch, 8 bytes a record. (Grain's own shuffle finds a place by trial in a block of
     2^16, which takes 4 ms when there are ten records; and seed + 1 has the epochs of seed, moved by one.)
@@ -156,7 +164,7 @@ class Elements:
         options, record = self.options, self.record(number)
         latents: np.ndarray | None = None
         try:
-            if options.parts > 1 and hasattr(self.source, "header"):
+            if hasattr(self.source, "header"):
                 header = self.source.header(record)
             else:
                 clip = self.source[record]
@@ -170,7 +178,9 @@ class Elements:
             caption = ""
         text = np.asarray(self.tokenize(caption), np.int32)
         size = (keep, *header.shape[1:])
-        return Element(number, record, size, text, header.source, None if latents is None else latents[:keep])
+        long = sum(len(text.encode()) > most_bytes for text in (*header.captions, *header.captions_image))
+        own = None if latents is None else latents[:keep]
+        return Element(number, record, size, text, header.source, own, long)
 
     def latents(self, element: Element) -> np.ndarray:
         """Of an element that could be read at all. Raises `BadRecordError`."""

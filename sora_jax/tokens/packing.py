@@ -1,6 +1,6 @@
 """Packing: clips of any length and size share rows of equal length, and index arrays keep them apart.
 
-A plan is made from shapes alone (`plan_rows`), then filled (`fill_rows`), so that the program that reads the rows
+A plan is made from shapes alone (`planning`), then filled (`fill_rows`), so that the program that reads the rows
 compiles once whatever mixture of images and videos it is fed ("Patch n' Pack", Dehghani et al. 2023,
 arXiv:2307.06304). Nothing is padded inside a clip and nothing is dropped: `unpack_rows` gives every clip back.
 
@@ -21,10 +21,10 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from sora_jax.errors import UserError
 from sora_jax.pytrees import pytree
 from sora_jax.shapes import Extent, Stride, token_extent
 from sora_jax.tokens.patchify import patchify, token_positions, unpatchify
+from sora_jax.tokens.planning import ClipShape
 
 if TYPE_CHECKING:
     AnyArray = Any  # the loader fills rows with numpy, a step reads them as JAX arrays
@@ -64,14 +64,6 @@ class Clip(NamedTuple):
     text: np.ndarray
 
 
-class ClipShape(NamedTuple):
-    """What the plan needs to know of a clip: how many tokens, text tokens and groups (frames) it takes."""
-
-    tokens: int
-    text: int
-    frames: int
-
-
 class FillRatio(NamedTuple):
     """The shares of a row's places that hold something, each in [0, 1]."""
 
@@ -83,129 +75,6 @@ class FillRatio(NamedTuple):
 def clip_shape(clip: Clip, patch: Stride = Stride(1, 1, 1)) -> ClipShape:
     extent = token_extent(Extent(*clip.latents.shape[:3]), patch)
     return ClipShape(extent.volume, len(clip.text), extent.frames)
-
-
-# ---------------------------------------------------------------------------------------------------------------- plan
-
-
-class FirstFit:
-    """Places clips one by one, each in the first row that has room for its tokens, its text and its groups.
-
-    First-fit (Johnson 1973) depends on the order of the clips alone. `rows` is the list of rows so far, each a list of
-    the keys that were given with its clips; with `max_rows`, that many rows are there from the start.
-    `least` is the smallest clip that may still come, on each axis: rows without room for it are closed.
-    """
-
-    def __init__(
-        self,
-        row_tokens: int,
-        row_text: int,
-        row_groups: int,
-        *,
-        max_rows: int | None = None,
-        least: ClipShape | None = None,
-    ):
-        self.limits = ClipShape(row_tokens, row_text, row_groups)
-        self.least = least or ClipShape(1, 0, 1)
-        self.max_rows = max_rows
-        self.rows: list[list[int]] = [[] for _ in range(max_rows or 0)]
-        self._free = [list(self.limits) for _ in self.rows]
-        self._open = list(range(len(self.rows)))
-
-    @property
-    def full(self) -> bool:
-        """Whether no clip that may still come finds room."""
-        return self.max_rows is not None and not self._open
-
-    def place(self, key: int, shape: ClipShape, name: str | None = None) -> bool:
-        """Put a clip into a row, or return False when none has room (only with `max_rows`).
-
-        Raises `UserError` for a clip that would not fit an empty row, naming it and the limit.
-        """
-        for what, size, limit, option in zip(_WHAT, shape, self.limits, _OPTIONS, strict=True):
-            if size > limit:
-                raise UserError(
-                    f"{name or f'clip {key}'} has {size} {what} and a row holds {limit}: "
-                    f"raise {option} to {size} or leave it out"
-                )
-        tokens, text, frames = shape
-        for row in self._open:
-            free = self._free[row]
-            if tokens <= free[0] and text <= free[1] and frames <= free[2]:
-                break
-        else:
-            if self.max_rows is not None:
-                return False
-            row, free = len(self.rows), list(self.limits)
-            self.rows.append([])
-            self._free.append(free)
-            self._open.append(row)
-        self.rows[row].append(key)
-        free[0] -= tokens
-        free[1] -= text
-        free[2] -= frames
-        if free[0] < self.least.tokens or free[1] < self.least.text or free[2] < self.least.frames:
-            self._open.remove(row)
-        return True
-
-
-_WHAT = ("tokens", "text tokens", "latent frames")
-_OPTIONS = ("row_tokens", "row_text", "row_groups")
-
-
-def plan_rows(
-    shapes: Sequence[ClipShape],
-    *,
-    row_tokens: int,
-    row_text: int,
-    row_groups: int | None = None,
-    rows: int | None = None,
-    names: Sequence[str] | None = None,
-) -> list[list[int]]:
-    """Which clips go into which row, by `FirstFit` in the given order: the same shapes always give the same plan.
-
-    Returns, for each row, the indices into `shapes` in the order they were placed. Without `rows`, as many rows as
-    it takes, and every clip is in exactly one. With `rows`, exactly that many (some may be empty); clips that
-    found no room are in none of them: `left_over` lists these, for the next step.
-
-    Raises `UserError` for a clip that would not fit an empty row, naming it (by `names`) and the limit.
-    """
-    least = ClipShape(*(min((shape[axis] for shape in shapes), default=0) for axis in range(3)))
-    groups = row_groups if row_groups is not None else sum(shape.frames for shape in shapes)
-    packer = FirstFit(row_tokens, row_text, groups, max_rows=rows, least=least)
-    for index, shape in enumerate(shapes):
-        packer.place(index, shape, names[index] if names is not None else None)
-    return packer.rows
-
-
-def left_over(plan: Sequence[Sequence[int]], count: int) -> list[int]:
-    """The clips, of `count`, that a plan with bounded rows did not place; in order."""
-    placed = {index for row in plan for index in row}
-    return [index for index in range(count) if index not in placed]
-
-
-def row_cost(row: Sequence[int], shapes: Sequence[ClipShape], width: int) -> float:
-    """The work of a row, in units of one token's dense layers: sum over its clips of n + n^2 / (6 width).
-
-    A transformer layer of width D with a 4 D feed-forward does 24 D^2 floating-point operations a token in its
-    matrices and 4 n D in attention over n tokens; their ratio is n / (6 D).
-    """
-    return float(sum(shapes[index].tokens + shapes[index].tokens ** 2 / (6 * width) for index in row))
-
-
-def steps_of_like_cost(
-    plan: Sequence[Sequence[int]], shapes: Sequence[ClipShape], *, rows: int, width: int
-) -> list[list[list[int]]]:
-    """Deal a plan into steps of `rows` rows so that the rows of one step cost about the same.
-
-    Devices wait for the slowest of a step, so like goes with like; steps come in falling order of cost. The last step
-    is filled up with empty rows.
-    """
-    by_cost = sorted(plan, key=lambda row: -row_cost(row, shapes, width))  # sorted() is stable: still deterministic
-    steps = [[list(row) for row in by_cost[start : start + rows]] for start in range(0, len(by_cost), rows)]
-    if steps:
-        steps[-1] += [[] for _ in range(rows - len(steps[-1]))]
-    return steps
 
 
 # ---------------------------------------------------------------------------------------------------------------- fill
@@ -225,7 +94,7 @@ def fill_rows(
     `channels` of the latents have to be said where there may be no clip.
 
     Tokens of a clip run frame by frame, row by row (the order of `patchify`). float32 tokens, everything else int32.
-    Raises `ValueError` for a plan that does not fit its rows: plans of `plan_rows` with the same limits always do.
+    Raises `ValueError` for a plan that does not fit its rows: those of `planning` with the same limits always do.
     """
     if channels is None:
         if not clips:

@@ -21,12 +21,13 @@ from sora_jax.models.text_encoder import TextEncoderConfig
 from sora_jax.models.tokenizer import ByteTokenizer
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.tokens.packing import PackedRows
+from sora_jax.tokens.planning import quadratic_share
 from sora_jax.training.adapters import learning, networks
 from sora_jax.training.diffusion_step import DiffusionModules, make_diffusion_step, make_diffusion_validation
 from sora_jax.training.encoding import encode_clips
 from sora_jax.training.pretrained import levels_of, load_autoencoder, load_kept, tokenizer_of
 from sora_jax.training.samples import diffusion_sampler
-from sora_jax.training.stage import Context, Stage, mean_over
+from sora_jax.training.stage import Context, Stage, Work, mean_over
 
 VALIDATION_BATCHES = 2
 
@@ -57,11 +58,16 @@ def diffusion_stage(context: Context) -> Stage:
         "image_share": data.image_share,
         "prefix_share": data.prefix_share,
         "skip_long_captions": data.skip_long_captions,
+        "skip_misfits": data.skip_misfits,
+        "packing": data.packing,
+        "look_ahead": data.look_ahead,
+        "quadratic": quadratic_share(transformer.dim, transformer.ffn_dim),
     }
     batches = make_loader(
         source,
         rows=config.train.batch_size,
         caption_dropout=data.caption_dropout,
+        plan_steps=data.plan_steps,
         **context.part._asdict(),
         workers=data.workers,
         **loader_options,
@@ -95,13 +101,28 @@ def diffusion_stage(context: Context) -> Stage:
             _held_out_rows(LatentSource(folder, start=-data.held_out), context, loader_options),
         )
     rows = config.train.batch_size
+
+    def work(batch: PackedRows) -> Work:
+        tokens, text = batch.tokens.shape[1], batch.text_tokens.shape[1]
+        return Work(rows * tokens, 3.0 * rows * diffusion_flops(transformer, text_encoder, tokens, text))
+
+    def gauges() -> dict[str, float]:
+        stats = batches.stats
+        left_out = {name.replace(" ", "_"): float(count) for name, count in stats.left_out.items()}
+        found = {"epoch": stats.epoch, "clips": float(stats.clips), "unreadable": float(stats.bad_records), **left_out}
+        if stats.fill is not None and stats.imbalance is not None:
+            found |= {"fill": stats.fill.tokens, "imbalance": stats.imbalance}
+        return {f"data_{name}": value for name, value in found.items()}
+
     return Stage(
         make_params=make_params,
         step=partial(step, kept=kept),
         batches=_Packed(batches),
-        describe=f"{rows} rows x {data.row_tokens} tokens from {len(source)} clips",
-        tokens_per_step=rows * data.row_tokens,
-        flops_per_step=3.0 * rows * diffusion_flops(transformer, text_encoder, data.row_tokens, data.row_text),
+        describe=f"{rows} rows x {'up to ' * (data.packing == 'buckets')}{data.row_tokens} tokens, {data.packing}, "
+        f"from {len(source)} clips",
+        work=work,
+        gauges=gauges,
+        describe_data=lambda: str(batches.stats),
         validate=validate,
         sample=diffusion_sampler(context, modules, tokenizer, kept),
         kept=tuple(kept),

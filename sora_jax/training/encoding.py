@@ -28,6 +28,8 @@ from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sora_jax.models.structure import structure_of
 from sora_jax.shapes import latent_extent
 from sora_jax.training.autoencoder_step import ENCODER
+from sora_jax.training.compilations import Compilations
+from sora_jax.training.processes import first_then_others, wait_for_all
 
 Batch = list[dict[str, Any] | str]  # clips, or why they are left out (`data.sources`)
 Progress = Callable[[int, int], None]  # clips done, of how many
@@ -37,8 +39,9 @@ class Encoded(NamedTuple):
     """What is in the cache after encoding."""
 
     clips: int
-    made: int  # of these, by this run
+    made: int  # of these, by this run, in all its processes
     left_out: tuple[str, ...]  # clips that could not be read, and why
+    programs: int  # that this process compiled: one for the videos of a size, one for its images
     seconds: float
 
 
@@ -72,8 +75,11 @@ def encode_clips(
     """Write the normalised latents (posterior means) of all clips of `source` to the cache `out`; goes on with one that
     was cut short. `name` is the autoencoder's, for people.
 
-    Batches have `batch_size` clips (rounded up to the devices of `mesh`, by default all), split over the devices, while
-    `threads` read or render the next ones. For each size one program encodes all videos and one all images: a clip
+    Several processes (`sora_jax.cluster`) share the shards that are missing, each whole ones, and all return what all
+    have made. One that was killed ends the others; started again, in any number, they go on with what is missing then.
+
+    Batches have `batch_size` clips (rounded up to the devices of `mesh`, by default all of this process), split over the
+    devices, while `threads` read or render the next ones. For each size one program encodes all videos and one all images: a clip
     shorter than the longest is filled up at its end, which a causal autoencoder does not see, and cut again.
 
     Raises `UserError` when `out` holds latents of another autoencoder or source, when clips do not fit the
@@ -86,14 +92,19 @@ def encode_clips(
     started = time.monotonic()
     info = CacheInfo(name, autoencoder_hash(config, params), config.stride, config.z_dim, source.identity)
     total = len(source)
-    writer = LatentWriter(out, info, clips=total, clips_per_shard=clips_per_shard)
-    before, done = writer.count, writer.done
-    encoder = _Encoder(
-        config, params, mesh or sharding.make_mesh(), source.extents[0].frames, batch_size, jnp.dtype(dtype)
+    process, processes = jax.process_index(), jax.process_count()
+    sizes = {"clips": total, "clips_per_shard": clips_per_shard}
+    writer = first_then_others(
+        lambda: LatentWriter(out, info, **sizes, shared=processes > 1, first=process == 0)
     )
+    before, done = writer.count, writer.done
+    own = writer.missing()[process::processes]
+    there = done + sum(shard.stop - shard.start for shard in own)
+    mesh = mesh or sharding.make_mesh(devices=jax.local_devices())
+    encoder = _Encoder(config, params, mesh, source.extents[0].frames, batch_size, jnp.dtype(dtype))
     if progress is not None:
-        progress(done, total)
-    for shard in writer.missing():
+        progress(done, there)
+    for shard in own:
         starts = range(shard.start, shard.stop, batch_size)
         batches = [range(start, min(start + batch_size, shard.stop)) for start in starts]
         with writer.shard(shard) as file:
@@ -105,13 +116,22 @@ def encode_clips(
                         file.add(_record(clip, latents.pop(0)))
                 done += len(batch)
                 if progress is not None:
-                    progress(done, total)
-        if len(writer.skipped) > MAX_UNREADABLE_SHARE * total:  # those of earlier runs included
-            raise UserError(
-                f"{len(writer.skipped)} of {total} clips cannot be read, more than the {MAX_UNREADABLE_SHARE:.0%} "
-                f"that may be left out: {'; '.join(writer.skipped[:5])}"
-            )
-    return Encoded(writer.count, writer.count - before, tuple(writer.skipped), time.monotonic() - started)
+                    progress(done, there)
+        _refuse_many_left_out(writer, total)  # those of earlier runs included
+    if processes > 1:
+        wait_for_all(f"encoded {out}")
+        first_then_others(writer.gather if process == 0 else writer.reload)
+        _refuse_many_left_out(writer, total)  # now those of all processes
+    seconds = time.monotonic() - started
+    return Encoded(writer.count, writer.count - before, tuple(writer.skipped), encoder.programs.count, seconds)
+
+
+def _refuse_many_left_out(writer: LatentWriter, total: int) -> None:
+    if len(writer.skipped) > MAX_UNREADABLE_SHARE * total:
+        raise UserError(
+            f"{len(writer.skipped)} of {total} clips cannot be read, more than the {MAX_UNREADABLE_SHARE:.0%} "
+            f"that may be left out: {'; '.join(writer.skipped[:5])}"
+        )
 
 
 def _record(clip: dict[str, Any], latents: np.ndarray) -> LatentRecord:
@@ -162,6 +182,7 @@ class _Encoder:
         self._place = sharding.batch_sharding(mesh)
         self._rows = -(-batch_size // mesh.size) * mesh.size
         self._frames, self._stride = frames, config.stride.time
+        self.programs = Compilations()
 
     def run(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[np.ndarray]]]:
         """Each batch with the latents `[F, h, w, C]`, float16, of its clips; the device works on the one after it."""
@@ -185,7 +206,9 @@ class _Encoder:
             for row, number in enumerate(numbers):
                 video = videos[number]
                 pixels[row, : len(video)], pixels[row, len(video) :] = video, video[-1]
-            latents = _encode(self._graphdef, self._params, jax.device_put(pixels, self._place), self._dtype)
+            placed = jax.device_put(pixels, self._place)
+            with self.programs:
+                latents = _encode(self._graphdef, self._params, placed, self._dtype)
             for row, number in enumerate(numbers):
                 result[number] = row, 1 + (len(videos[number]) - 1) // self._stride, latents
         return [result[number] for number in range(len(videos))]

@@ -33,13 +33,14 @@ from sora_jax.media import write_media
 from sora_jax.record import Record
 from sora_jax.runtime import compute_dtype
 from sora_jax.training.checkpoint import Checkpoints
+from sora_jax.training.compilations import Compilations
 from sora_jax.training.files import write_text
 from sora_jax.training.metrics import Averages, Clock, LateMetrics, MetricsWriter, peak_flops
 from sora_jax.training.optimizer import count_parameters, make_optimizer, make_schedule
 from sora_jax.training.pretrained import load_modules
 from sora_jax.training.progress import Progress, duration
 from sora_jax.training.samples import film_strips, grid
-from sora_jax.training.stage import Context, MakeStage, Stage
+from sora_jax.training.stage import Context, MakeStage, Stage, Work
 from sora_jax.training.stages import STAGES
 from sora_jax.training.state import abstract_state, init_state, make_init
 
@@ -138,6 +139,7 @@ def train(
     clock = Clock()
     window = Window(clock, stage, mesh)
     extras: dict[int, dict[str, float]] = {}  # what else belongs to a step's line
+    programs = Compilations()  # of the step
     last_line: dict[str, float] = {}
 
     def receive(step: int, values: dict[str, float]) -> None:
@@ -156,6 +158,7 @@ def train(
         regular = due(step, settings.log_every)
         if regular or step in extras or step == settings.steps:
             line = averages.means() | {"learning_rate": float(learning_rate(step - 1))} | window.rates(step)
+            line |= {"programs": programs.count, **(stage.gauges() if stage.gauges else {})}
             line |= extras.pop(step, {})
             if regular:  # lines in between do not change what the regular ones say
                 averages.clear()
@@ -175,6 +178,8 @@ def train(
         if stage.describe_checkpoint:
             stage.describe_checkpoint(state.ema)
         checkpoints.save(step, state, notes)
+        if stage.describe_data:
+            say(f"data at step {step}: {stage.describe_data()}")
         writer.upload()
 
     # ----------------------------------------------------------------------------------------------------------- loop
@@ -189,9 +194,10 @@ def train(
                 shape = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
                 if shape not in compiled:
                     late.flush()
-                with clock.spent_on("dispatch" if shape in compiled else "compile"):
+                with clock.spent_on("dispatch" if shape in compiled else "compile"), programs:
                     state, metrics = stage.step(state, batch)
                 compiled.add(shape)
+                window.did(batch)
                 step += 1
                 last = step == settings.steps
                 if stage.validate and due(step, settings.validate_every, last):
@@ -228,6 +234,7 @@ def train(
     say(
         f"{'stopped' if step < settings.steps else 'done'} at step {step}, saved at {saved}, after "
         f"{duration(spent['total'])}" + (f" (of which {overhead})" if overhead else "")
+        + f"; the step was compiled to {programs.count} program{'s' * (programs.count != 1)}"
     )
     return Summary(step, step < settings.steps, dict(last_line))
 
@@ -267,12 +274,19 @@ class Window:
 
     def __init__(self, clock: Clock, stage: Stage, mesh: jax.sharding.Mesh):
         self._clock, self._stage = clock, stage
+        self._mean = Work(stage.tokens_per_step, stage.flops_per_step)
         kind = mesh.devices.flat[0].device_kind
         self._peak = (peak_flops(kind) or 0.0) * mesh.size
         self.begin(0)
 
     def begin(self, step: int) -> None:
         self._step, self._before = step, self._clock.snapshot()
+        self._sent: list[Work] = []
+
+    def did(self, batch: Any) -> None:
+        """A step on that batch was sent to the devices."""
+        stage = self._stage
+        self._sent.append(stage.work(batch) if stage.work else Work(stage.tokens_per_step, stage.flops_per_step))
 
     def rates(self, step: int) -> dict[str, float]:
         """steps_per_second, tokens_per_second, tflops (and mfu where the device's peak is known) without the time that
@@ -282,11 +296,14 @@ class Window:
         steps = step - self._step
         busy = spent["total"] - sum(spent.get(name, 0.0) for name in ("compile", "validation", "samples", "checkpoint"))
         rate = steps / max(busy, 1e-9)
+        # Lines come a few steps late, so what was sent since the last one are not the same steps; but as many a step.
+        if self._sent:
+            self._mean = Work(*(sum(each) / len(self._sent) for each in zip(*self._sent, strict=True)))
         self.begin(step)
         rates = {"steps_per_second": rate, "data_wait": spent.get("data", 0.0) / max(busy, 1e-9)}
-        if self._stage.tokens_per_step:
-            rates["tokens_per_second"] = rate * self._stage.tokens_per_step
-        if flops := rate * self._stage.flops_per_step:
+        if self._mean.tokens:
+            rates["tokens_per_second"] = rate * self._mean.tokens
+        if flops := rate * self._mean.flops:
             rates["tflops"] = flops / 1e12
             if self._peak:
                 rates["mfu"] = flops / self._peak

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,13 @@ class Context:
         return self.config.train.batch_size // self.part.parts
 
 
+class Work(NamedTuple):
+    """What a step does, or steps do in the mean."""
+
+    tokens: float
+    flops: float  # forward and backward, by formula; 0 = not known
+
+
 @dataclass(frozen=True)
 class Stage:
     """`batches` yield numpy trees, whose first axis is this process's rows; `step` takes them as arrays of the mesh."""
@@ -62,10 +69,13 @@ class Stage:
     describe: str  # of a batch, for people
     tokens_per_step: int = 0
     flops_per_step: float = 0.0  # forward and backward, by formula; 0 = not known
+    work: Callable[[Any], Work] | None = None  # of a batch, where they differ; else it is as the two above say
     validate: Callable[[Any], dict[str, jax.Array]] | None = None  # of params, usually the average
     sample: Callable[[Any], Videos] | None = None
     kept: Collection[str] = ()  # modules that do not learn, and are as in `train.init`
     may_start_anew: Collection[str] = ()  # parts of a module that need not have the shapes of those in `train.init`
+    gauges: Callable[[], Mapping[str, float]] | None = None  # of the data, for the metrics
+    describe_data: Callable[[], str] | None = None  # what it has given and left out so far, for people
     describe_checkpoint: Callable[[Any], None] | None = None  # of the averages, before each checkpoint
 
 
