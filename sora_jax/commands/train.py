@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir", required=True, metavar="DIR", help="folder or URL of the run; made, or gone on with"
     )
     parser.add_argument("--steps", type=int, metavar="N", help="the same as --config.train.steps=N")
-    parser.add_argument("--force", action="store_true", help="go on although the workdir was made by another config")
+    parser.add_argument(
+        "--force", action="store_true", help="go on although the workdir was made by another config or data"
+    )
     parser.add_argument("--json", action="store_true", help="print how it ended as one JSON document on stdout")
     parser.add_argument(
         "--supervise",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import tempfile
@@ -163,6 +164,18 @@ class Manifest:
     def covers(self, shard: Shard) -> bool:
         entry = self.shards.get(shard.number)
         return entry is not None and entry.clips == shard.stop - shard.start
+
+    def in_short(self) -> dict[str, Any]:
+        """What tells this cache from another, as JSON."""
+        entries = [dataclasses.asdict(self.shards[index]) for index in sorted(self.shards)]
+        return {
+            "autoencoder": self.info.autoencoder,
+            "autoencoder_hash": self.info.autoencoder_hash,
+            "source": dict(self.info.source),
+            "clips": sum(entry["count"] for entry in entries),
+            "bytes": sum(entry["bytes"] for entry in entries),
+            "sha256": hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest(),
+        }
 
     def save(self, folder: epath.Path) -> None:
         entries = {index: self.shards[index] for index in sorted(self.shards)}

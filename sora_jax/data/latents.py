@@ -242,7 +242,7 @@ class LatentSource(Sequence[LatentRecord]):
         for folder, manifest in zip(folders, manifests, strict=True):
             if manifest.info.autoencoder_hash != self.info.autoencoder_hash:
                 raise UserError(f"{folder} and {folders[0]} hold latents of two autoencoders: train on one of them")
-        self._sources = [manifest.info.source for manifest in manifests]
+        self._manifests = manifests
         self._shards = [
             (folder, manifest.shards[index])
             for folder, manifest in zip(folders, manifests, strict=True)
@@ -297,12 +297,18 @@ class LatentSource(Sequence[LatentRecord]):
     @property
     def identity(self) -> dict[str, Any]:
         """What tells these records from others, as JSON gives it back."""
+        sources = [manifest.info.source for manifest in self._manifests]
         return {
             "autoencoder": self.info.autoencoder_hash,
-            "source": self._sources[0] if len(self._sources) == 1 else self._sources,
+            "source": sources[0] if len(sources) == 1 else sources,
             "first": self._range.start,
             "records": len(self),
         }
+
+    @property
+    def manifests(self) -> list[dict[str, Any]]:
+        """What each cache is, as JSON: autoencoder and source, clips, bytes, and a digest of its table of shards."""
+        return [manifest.in_short() for manifest in self._manifests]
 
     @property
     def longest_caption(self) -> str:

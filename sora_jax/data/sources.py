@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from etils import epath
 
 from sora_jax.data.captions import Captioned, read_folder
 from sora_jax.data.clips import ClipRef, Window, cut_video, exact_rate
@@ -152,6 +154,17 @@ class FolderSource:
             "width": self.width,
             "clips": listing.hexdigest(),
         }
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What is there, as JSON: the settings of `identity`, how many clips and bytes, and a digest of names, lengths,
+        captions and sizes. When files were changed does not count: their copy on another machine is the same data."""
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode())
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            sizes = list(pool.map(lambda media: epath.Path(media.path).stat().length, self._media))
+        for media, size in zip(self._media, sizes, strict=True):
+            digest.update(repr((media.name, size)).encode())
+        return {**self.identity, "clips": len(self), "bytes": sum(sizes), "sha256": digest.hexdigest()}
 
     def _name(self, index: int) -> str:
         media, clip = self._clips[index]

@@ -59,6 +59,7 @@ def autoencoder_stage(context: Context) -> Stage:
         make_params=lambda key: {MODULE: parameters_of(Autoencoder(config.autoencoder, rngs=nnx.Rngs(params=key)))},
         step=step,
         batches=batches,
+        data=[source.manifest],
         describe=f"{config.train.batch_size} clips of {data.frames} frames, {data.height}x{data.width}",
         validate=validate,
         sample=sample,

@@ -5,6 +5,7 @@ Batch b is a function of (seed, b): whether it is of videos or of images, and wh
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +30,7 @@ class ClipSource(NamedTuple):
     draw: Callable[[int, int, bool], Clips]  # (number b, rows, of images?) -> the clips of the rows from b * rows on
     held_out: Callable[[int], Clips]  # (rows) -> clips that `draw` never gives
     identity: Mapping[str, Any]  # what must be the same for a run to go on, as JSON
+    manifest: Mapping[str, Any]  # the same and how much there is, for the notes of a checkpoint
 
 
 class ClipBatches(NumberedBatches):
@@ -78,7 +80,11 @@ def _world(data: DataConfig) -> ClipSource:
         source = clips("train", 1 if images else data.frames)
         return _frames(source, [(number * rows + row) % len(source) for row in range(rows)])
 
-    return ClipSource(draw, lambda rows: _frames(clips("heldout", data.frames), range(rows)), {"world": data.seed})
+    size = {"clips": data.clips, "frames": data.frames, "height": data.height, "width": data.width}
+    manifest = {"world": "train", "seed": data.seed, **size, "mix": dataclasses.asdict(data.mix)}
+    return ClipSource(
+        draw, lambda rows: _frames(clips("heldout", data.frames), range(rows)), {"world": data.seed}, manifest
+    )
 
 
 def _frames(source: WorldSource, indices: Any) -> Clips:
@@ -126,4 +132,4 @@ def _folder(data: DataConfig, time_stride: int) -> ClipSource:
             raise UserError(f"none of the last {data.held_out} clips of {data.source} has {data.frames} frames")
         return np.stack([found[row % len(found)] for row in range(rows)])
 
-    return ClipSource(draw, held_out, source.identity)
+    return ClipSource(draw, held_out, source.identity, source.manifest)

@@ -118,6 +118,7 @@ def diffusion_stage(context: Context) -> Stage:
         make_params=make_params,
         step=partial(step, kept=kept),
         batches=_Packed(batches),
+        data=source.manifests,
         describe=f"{rows} rows x {'up to ' * (data.packing == 'buckets')}{data.row_tokens} tokens, {data.packing}, "
         f"from {len(source)} clips",
         work=work,

@@ -36,6 +36,7 @@ from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.compilations import Compilations
 from sora_jax.training.files import write_text
 from sora_jax.training.metrics import Averages, Clock, LateMetrics, MetricsWriter, peak_flops
+from sora_jax.training.notes import go_on, make_notes
 from sora_jax.training.optimizer import count_parameters, make_optimizer, make_schedule
 from sora_jax.training.pretrained import load_modules
 from sora_jax.training.progress import Progress, duration
@@ -69,8 +70,8 @@ def train(
     `say` gets every line for people (default: stderr, with a progress bar on a terminal). `make_stage` builds something
     else than the stages that configs can name.
 
-    Raises `UserError` when the workdir holds another config, when its checkpoints do not fit, and when gradients were
-    not finite for `train.max_skipped` steps in a row.
+    Raises `UserError` when the workdir holds another config, when its checkpoints do not fit, when the data is not what
+    they were trained on, and when gradients were not finite for `train.max_skipped` steps in a row.
     """
     workdir = epath.Path(workdir)
     settings = config.train
@@ -123,7 +124,7 @@ def train(
                 say(f"starting anew, in other shapes than its: {', '.join(loaded.left_out)}")
     else:
         start, averages = restored.step, Averages(restored.notes["averages"])
-        stage.batches.restore(restored.notes["batches"])
+        go_on(stage, restored.notes, start, force=force, say=say)
         state = restored.state
         say(f"resuming {workdir} at step {start}")
     del restored
@@ -170,14 +171,9 @@ def train(
     late = LateMetrics(receive)
 
     def save(step: int) -> None:
-        notes = {
-            "config": configs.to_dict(config),
-            "batches": stage.batches.state(),
-            "averages": averages.state(),
-        }
         if stage.describe_checkpoint:
             stage.describe_checkpoint(state.ema)
-        checkpoints.save(step, state, notes)
+        checkpoints.save(step, state, make_notes(config, stage, averages.state()))
         if stage.describe_data:
             say(f"data at step {step}: {stage.describe_data()}")
         writer.upload()

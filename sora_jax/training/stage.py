@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -77,6 +77,7 @@ class Stage:
     gauges: Callable[[], Mapping[str, float]] | None = None  # of the data, for the metrics
     describe_data: Callable[[], str] | None = None  # what it has given and left out so far, for people
     describe_checkpoint: Callable[[Any], None] | None = None  # of the averages, before each checkpoint
+    data: Sequence[Mapping[str, Any]] = ()  # what the batches are made from, one entry a source, as JSON: see `notes`
 
 
 MakeStage = Callable[[Context], Stage]

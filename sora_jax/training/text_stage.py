@@ -66,6 +66,7 @@ def text_stage(context: Context) -> Stage:
         make_params=make_params,
         step=step,
         batches=NumberedBatches(batch, {"world": data.seed}),
+        data=[{"world": "train", "seed": data.seed}],
         describe=f"{config.train.batch_size} captions x {data.row_text} bytes",
         tokens_per_step=config.train.batch_size * data.row_text,
         validate=validate,
