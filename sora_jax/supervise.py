@@ -17,6 +17,7 @@ from typing import NamedTuple
 from etils import epath
 
 from sora_jax.errors import UserError
+from sora_jax.training.files import finished_steps
 
 FIRST_WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds; doubled from one failure to the next
 ENDS = (0, 2, 130)  # done; a mistake of the user's; Ctrl-C
@@ -56,10 +57,7 @@ class Supervisor(NamedTuple):
 
 def newest_step(workdir: epath.Path) -> int:
     """Of the checkpoints that were finished; -1 where there is none."""
-    folder = workdir / "checkpoints"
-    if not folder.exists():
-        return -1
-    return max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=-1)
+    return max(finished_steps(workdir / "checkpoints"), default=-1)
 
 
 def _run_once(command: Sequence[str]) -> tuple[int, bool]:

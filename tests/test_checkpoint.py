@@ -200,7 +200,7 @@ def test_no_good_step_is_an_error_and_not_a_fresh_start(folder, like):
 def test_a_step_whose_commit_failed_is_never_the_newest(folder, mesh, like, monkeypatch):
     """As on a full disk: the failure comes up at the next call, and the step before is intact."""
 
-    def no_space(_: object) -> dict:
+    def no_space(*_: object) -> dict:
         raise OSError(28, "No space left on device")
 
     checkpoints = Checkpoints(folder)

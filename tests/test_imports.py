@@ -157,7 +157,7 @@ def test_dependencies_are_what_is_imported():
 
 def test_test_dependencies_are_declared():
     tests = sorted(Path(__file__).parent.glob("**/*.py"))
-    skipped_without = declared("parity", "weights") | {"libtpu"}  # parity and plans
+    skipped_without = declared("parity", "store", "weights") | {"libtpu"}  # parity, faults and plans
     assert third_party(tests) - declared("test") - skipped_without == set()
 
 

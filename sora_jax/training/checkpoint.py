@@ -17,8 +17,10 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -29,10 +31,14 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from sora_jax.errors import UserError
+from sora_jax.training.files import COMMITTED, is_url
 
 MANIFEST = "sha256.json"
+# A process reads what its devices hold, in whole chunks of an array, and never more at once than the largest array and
+# READ_AHEAD: so a state that fits the devices of a pod need not fit its hosts, whatever mesh it was saved on.
+CHUNK = READ_AHEAD = 2**24  # bytes
 # Orbax writes the time of the commit into this one after everything else.
-_UNHASHED = frozenset({MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"})
+_UNHASHED = frozenset({MANIFEST, "_CHECKPOINT_METADATA", COMMITTED})
 
 
 _log = logging.getLogger(__name__)
@@ -69,8 +75,9 @@ class Checkpoints:
         say: Callable[[str], None] = _log.warning,
     ):
         # Orbax wants to know where from the root; a URL stays as it is.
-        local = "://" not in os.fspath(folder)
-        self.folder = epath.Path(os.path.abspath(folder) if local else folder)
+        if is_url(folder) and not os.fspath(folder).startswith("gs://"):
+            raise UserError(f"checkpoints go to a folder or to gs://, where Orbax can write, and not to {folder}")
+        self.folder = epath.Path(folder if is_url(folder) else os.path.abspath(folder))
         self._say = say
         self._read_only = read_only
         self._saving: int | None = None
@@ -100,9 +107,13 @@ class Checkpoints:
         """
         self.wait()
         self._saving = step
+        arrays = _by_name(state)
         self._manager.save(
             step,
-            args=ocp.args.Composite(state=ocp.args.PyTreeSave(_by_name(state)), notes=ocp.args.JsonSave(dict(notes))),
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(arrays, save_args=dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=CHUNK))),
+                notes=ocp.args.JsonSave(dict(notes)),
+            ),
             force=True,
         )
 
@@ -111,7 +122,7 @@ class Checkpoints:
         # On object stores the folder has its final name from the start.
         unfinished = list(self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
         folder = unfinished[0] if unfinished else self.folder / str(self._saving)
-        (folder / MANIFEST).write_text(json.dumps(_hashes(folder), indent=1))
+        (folder / MANIFEST).write_text(json.dumps(_hashes(folder, sorted(_names(folder))), indent=1))
 
     def wait(self) -> None:
         """Until nothing is being written; raises what went wrong in the background.
@@ -146,34 +157,44 @@ class Checkpoints:
         return sum(path.stat().length for path in _files(self.folder / str(step)))
 
     def notes(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))["notes"]
+        return self._read(step, "notes", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
 
     def arrays(self, step: int) -> dict[str, np.ndarray]:
         """Every array of a step by its dotted name, in host memory; random keys as the words they are made of."""
         names = self._saved(step)
         as_numpy = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
         arguments = ocp.args.PyTreeRestore(dict.fromkeys(names, 0), restore_args=as_numpy)
-        return self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+        return self._read(step, "state", ocp.PyTreeCheckpointHandler(), arguments)
 
     def _saved(self, step: int) -> dict[str, Any]:
         """Shape and dtype of every array of a step."""
-        tree = self._manager.item_metadata(step)["state"]
+        tree = ocp.PyTreeCheckpointHandler().metadata(self.folder / str(step) / "state")
         # Orbax has wrapped this tree in different classes over time; each can be indexed by key.
         return {name: tree[name] for name in tree}
+
+    def _read(self, step: int, item: str, handler: Any, arguments: Any) -> Any:
+        """Not by the manager, which reads nothing any more from a store in which one of its saves has failed."""
+        return handler.restore(self.folder / str(step) / item, args=arguments)
 
     def newest_good(self) -> int | None:
         """The newest step whose files are what they were when they were written; says which newer ones are not.
 
         None when the folder has no checkpoint. Raises `UserError` when there are some and none is good.
         """
+        return self._walk_back()[0]
+
+    def _walk_back(self) -> tuple[int | None, list[int]]:
+        """The newest good step, and the newer ones, which are damaged."""
         steps = self.steps()
+        damaged: list[int] = []
         for step in reversed(steps):
             if not (fault := self.fault(step)):
-                return step
+                return step, damaged
+            damaged.append(step)
             self._say(f"checkpoint {step} is damaged ({fault}); going back to the one before")
         if steps:
             raise UserError(f"every checkpoint in {self.folder} is damaged (steps {', '.join(map(str, steps))})")
-        return None
+        return None, []
 
     def restore(self, like: Any, *, part: str = "") -> Restored | None:
         """The newest good step as a tree like `like`, whose leaves give shape, dtype and (if any) sharding.
@@ -182,31 +203,25 @@ class Checkpoints:
         None when there is no checkpoint. Raises `UserError`, naming the array, when the saved arrays are not those of
         `like` (Orbax would cast a wrong dtype in silence).
         """
-        step = self.newest_good()
+        step, damaged = self._walk_back()
         if step is None:
             return None
-        if not self._read_only:
-            self._set_aside_after(step)
+        if damaged and not self._read_only:
+            self._set_aside(damaged)
         wanted = _by_name(like, part)
         saved = {name: meta for name, meta in self._saved(step).items() if not part or name.startswith(part + ".")}
         _check_arrays(step, wanted, saved)
         arguments = jax.tree.map(
             lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype, strict=True), wanted
         )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=bool(part)),
-                notes=ocp.args.JsonRestore(),
-            ),
-        )
-        return Restored(step, _from_names(restored["state"], like, part), restored["notes"])
+        largest = max((_bytes(leaf) for leaf in wanted.values()), default=0)
+        handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=(largest + READ_AHEAD) / 10**9)
+        asked = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=bool(part))
+        arrays = self._read(step, "state", handler, asked)
+        return Restored(step, _from_names(arrays, like, part), self.notes(step))
 
-    def _set_aside_after(self, good: int) -> None:
+    def _set_aside(self, damaged: Collection[int]) -> None:
         """Make way for new checkpoints of the steps that are damaged: 3 becomes 3.damaged, which nobody reads."""
-        damaged = [step for step in self.steps() if step > good]
-        if not damaged:
-            return
         if jax.process_index() == 0:
             for step in damaged:
                 aside = self.folder / f"{step}.damaged"
@@ -218,19 +233,37 @@ class Checkpoints:
         self._manager.reload()
 
     def fault(self, step: int) -> str:
-        """What is wrong with the files of a step, every byte of them read; empty when nothing is."""
+        """What is wrong with the files of a step, every byte of them read; empty when nothing is.
+
+        Each of several processes reads its share of the files, and all come to the same verdict.
+        """
         folder = self.folder / str(step)
         try:
             expected = json.loads((folder / MANIFEST).read_text())
-            found = _hashes(folder)
+            there = _names(folder)
+            share = sorted(expected.keys() | there)[jax.process_index() :: jax.process_count()]
+            found = _hashes(folder, there.intersection(share))
+            fault = next((fault for name in share if (fault := _difference(name, expected, found))), "")
         except (OSError, ValueError) as error:
-            return f"its {MANIFEST} cannot be read: {type(error).__name__}"
-        for name in sorted(expected.keys() | found.keys()):
-            if name not in found:
-                return f"{name} is missing"
-            if found[name] != expected.get(name):
-                return f"{name} has changed"
-        return ""
+            fault = f"its files cannot be read: {type(error).__name__}"
+        return _first_of_all(fault)
+
+
+def _difference(name: str, expected: Mapping[str, str], found: Mapping[str, str]) -> str:
+    if name not in found:
+        return f"{name} is missing"
+    return f"{name} has changed" if found[name] != expected.get(name) else ""
+
+
+def _first_of_all(fault: str) -> str:
+    """What the first process that has something to say says, the same in all of them."""
+    if jax.process_count() == 1:
+        return fault
+    said = np.zeros(512, np.uint8)
+    words = np.frombuffer(fault.encode(), np.uint8)[: said.size]
+    said[: words.size] = words
+    each = np.asarray(multihost_utils.process_allgather(said))
+    return next((bytes(words[words > 0]).decode(errors="replace") for words in each if words.any()), "")
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
@@ -243,17 +276,23 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
                 yield path
 
 
-def _hashes(folder: epath.Path) -> dict[str, str]:
-    """SHA-256 of each file under `folder`, by its relative path."""
-    hashes = {}
-    for path in _files(folder):
-        if path.name not in _UNHASHED:
-            with path.open("rb") as file:
-                digest = hashlib.sha256()
-                while block := file.read(1 << 22):
-                    digest.update(block)
-            hashes[str(path.relative_to(folder))] = digest.hexdigest()
-    return hashes
+def _names(folder: epath.Path) -> set[str]:
+    """The files under `folder` that a manifest lists, by their relative paths."""
+    return {str(path.relative_to(folder)) for path in _files(folder) if path.name not in _UNHASHED}
+
+
+def _hashes(folder: epath.Path, names: Collection[str]) -> dict[str, str]:
+    """SHA-256 by name; hashing lets go of the interpreter's lock, so files are read side by side."""
+
+    def digest(name: str) -> str:
+        with (folder / name).open("rb") as file:
+            hashed = hashlib.sha256()
+            while block := file.read(1 << 22):
+                hashed.update(block)
+        return hashed.hexdigest()
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------ trees <-> names
@@ -294,6 +333,10 @@ def _words(leaf: Any) -> Any:
         return jax.random.key_data(leaf) if _is_key(leaf) else leaf
     words = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
     return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=leaf.sharding)
+
+
+def _bytes(array: Any) -> int:
+    return int(math.prod(array.shape)) * np.dtype(array.dtype).itemsize
 
 
 def _check_arrays(step: int, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

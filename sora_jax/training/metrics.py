@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 import time
 from collections import deque
@@ -24,6 +23,8 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+
+from sora_jax.training.files import is_url
 
 JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -38,7 +39,7 @@ class MetricsWriter:
             return
         from tensorboardX import SummaryWriter
 
-        self._remote = epath.Path(workdir) if "://" in os.fspath(workdir) else None
+        self._remote = epath.Path(workdir) if is_url(workdir) else None
         self._local = Path(tempfile.mkdtemp(prefix="sora_jax-metrics-")) if self._remote else Path(workdir)
         if self._remote and (self._remote / JSONL).exists():
             (self._local / JSONL).write_text((self._remote / JSONL).read_text())
