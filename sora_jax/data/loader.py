@@ -163,7 +163,7 @@ def make_loader(
     patch: Stride = Stride(1, 1, 1),
     **options: Any,
 ) -> Loader:
-    """Batches of rows (`PackedRows` as a dict of numpy arrays) from a source of latents, packed or in buckets (`plans`).
+    """Batches of rows (`PackedRows` as a dict of numpy arrays) from a source of latents, packed or in buckets.
 
     `tokenize` makes the token ids of a prompt; with workers it must travel to another process. `row_groups` is by
     default as many as `row_tokens` can need. The other options are those of `LoaderOptions`. With `parts`, every loader
@@ -171,7 +171,7 @@ def make_loader(
     loader alone.
 
     A record that cannot be read is left out and counted (`stats`); more than 5 % raise `UserError`. So does, before
-    the first batch, a cache with clips or captions that fit no row, unless `skip_misfits` has them left out, and counted.
+    the first batch, a cache with clips or captions that fit no row, unless `skip_misfits` leaves them out as well.
     """
     if not len(source):
         raise UserError("the source of latents is empty")
