@@ -77,9 +77,12 @@ def test_report_of_a_cache(capsys, home: Path):
     assert code == 0, err
     assert "80 clips an epoch" in out
     assert "1 clip too long\n" in out
-    assert "packed" not in out
-    assert "26 3x2x2" in out
     assert "0.0% of a step's mean cost over 1 devices" in out
+    assert "is what fills rows first" not in out
+    # Rows with room for one caption hold one clip, of 8 tokens in the mean: a third of 24.
+    code, out, err = run(capsys, home / "latents", "--config", home / "tiny.py", "--config.data.row_text=8")
+    assert "data.row_text is what fills rows first: about 24 would let tokens fill them" in out
+    assert "26 3x2x2" in out
 
 
 def unreadable(source: LatentSource) -> bool:

@@ -53,6 +53,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return dataclasses.asdict(report)
 
 
+def _advice(report: DataReport) -> list[str]:
+    """What keeps rows from being full of tokens."""
+    for name, fill, places in (
+        ("row_text", report.fill_text, report.row[1]),
+        ("groups", report.fill_groups, report.row[2]),
+    ):
+        if fill > max(report.fill_tokens, 0.9) and report.fill_tokens < 0.97:
+            wanted = round(places * fill / report.fill_tokens)
+            return [f"            data.{name} is what fills rows first: about {wanted:,} would let tokens fill them"]
+    return []
+
+
 def _text(report: DataReport) -> str:
     tokens, text, groups = report.row
     lines = [
@@ -63,6 +75,7 @@ def _text(report: DataReport) -> str:
         f"fill        tokens {report.fill_tokens:.1%}, text {report.fill_text:.1%}, groups {report.fill_groups:.1%}",
         f"imbalance   {report.imbalance_mean:.1%} of a step's mean cost over {report.shards} devices, at most "
         f"{report.imbalance_max:.1%}",
+        *_advice(report),
         "left out    nothing" if not report.left_out else "left out",
     ]
     for reason, count in report.left_out.items():
