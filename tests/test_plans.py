@@ -81,8 +81,8 @@ def test_rows_of_mixed_clips_are_full_and_steps_are_balanced():
     assert np.mean(fills) >= 0.97
     assert max(np.max(costs, axis=1) / means - 1) <= 0.05
     assert means.max() > 1.5 * means.min(), "it is no merit where all rows cost the same"
-    assert not np.all(np.diff(means[:32]) < 0), "and training does not see them sorted"
-    assert np.abs(np.corrcoef(means, np.arange(64))[0, 1]) < 0.5
+    for plan in (means[:32], means[32:]):
+        assert np.abs(np.corrcoef(plan, np.arange(32))[0, 1]) < 0.6, "training does not see them sorted"
 
 
 def test_cost_of_a_pair_of_tokens():
@@ -183,8 +183,10 @@ BUCKETS = {"packing": "buckets"}
 
 @pytest.mark.parametrize("options", [WIDE, BUCKETS, WIDE | {"part": 1, "parts": 2}, BUCKETS | {"part": 1, "parts": 2}])
 def test_plans_go_on_to_the_bit(options):
-    options = {"seed": 5, "image_share": 0.1, "prefix_share": 0.2, "caption_dropout": 0.2, **options}
-    source = [record(i, frames=(1, 2, 10)[i % 3]) for i in range(40)]
+    shares = {"image_share": 0.1, "prefix_share": 0.2, "caption_dropout": 0.2}
+    options = {"seed": 5, "skip_misfits": True, **shares, **options}
+    # Of 12 clips buckets are not full within an epoch; as some are left out, several are late at once.
+    source = [record(i, frames=(1, 2, 10, 20)[i % 4]) for i in range(12 if "packing" in options else 40)]
     with loader(source, **options) as batches:
         states, straight, stats = [batches.state()], [], [batches.stats]
         for _ in range(12):
