@@ -59,8 +59,8 @@ def _advice(report: DataReport) -> list[str]:
         ("row_text", report.fill_text, report.row[1]),
         ("groups", report.fill_groups, report.row[2]),
     ):
-        if fill > max(report.fill_tokens, 0.9) and report.fill_tokens < 0.97:
-            wanted = round(places * fill / report.fill_tokens)
+        wanted = round(places * fill / report.fill_tokens)
+        if fill > 0.9 and wanted > 1.1 * places:
             return [f"            data.{name} is what fills rows first: about {wanted:,} would let tokens fill them"]
     return []
 
