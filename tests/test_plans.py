@@ -15,7 +15,7 @@ from test_loader import ROW, Rotten, assert_same, contents, loader, record, reco
 
 from sora_jax.data.latents import LatentHeader
 from sora_jax.data.loader import make_loader
-from sora_jax.data.plans import Unreadable, first_state, plan_steps
+from sora_jax.data.plans import Unreadable, first_state, planned_steps
 from sora_jax.data.stream import Elements, LoaderOptions
 from sora_jax.errors import UserError
 from sora_jax.shapes import Stride
@@ -69,7 +69,7 @@ def test_rows_of_mixed_clips_are_full_and_steps_are_balanced():
     options = LoaderOptions(**{**vars(options), "quadratic": quadratic_share(WIDTH, FEED_FORWARD)})
     source = Headers(3000)
     fills, costs = [], []
-    for step in itertools.islice(plan_steps(Elements(source, lambda text: [1], options), first_state(),
+    for step in itertools.islice(planned_steps(Elements(source, lambda text: [1], options), first_state(),
                                             Unreadable(source, [])), 64):  # fmt: skip
         clips = [[np.prod(element.size[:3]) / 4 for element in row] for row in step.rows]  # tokens
         fills.append(sum(map(sum, clips)) / 16 / 32_760)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from sora_jax.data.latents import BadRecordError, LatentSource
-from sora_jax.data.plans import PlannedStep, Unreadable, first_state, plan_steps
+from sora_jax.data.plans import PlannedStep, Unreadable, first_state, planned_steps
 from sora_jax.data.stream import Elements, LoaderOptions, Records, Tokenize
 from sora_jax.errors import UserError
 from sora_jax.shapes import Stride
@@ -109,7 +109,7 @@ class Loader:
         """Batches from `state` on, each with the state after it."""
         unreadable = Unreadable(self._elements.source, state["bad"])
         channels: int | None = None
-        with contextlib.closing(plan_steps(self._elements, state, unreadable)) as steps:
+        with contextlib.closing(planned_steps(self._elements, state, unreadable)) as steps:
             for step in steps:
                 plan, clips = self._own_clips(step, unreadable)
                 if channels is None:
@@ -203,7 +203,7 @@ def _refuse_misfits(source: LatentSource, tokenize: Tokenize, options: LoaderOpt
         shapes[f'the caption "{caption[:40]}..."'] = ClipShape(1, len(tokenize(caption)), 1)
     for name, shape in shapes.items():
         if fault := misfit(shape, limits):
-            raise UserError(f"{name} in {source.path} has {fault}, or leave such clips out with skip_misfits")
+            raise UserError(f"{name} in {source.path} has {fault}, or set data.skip_misfits to leave such clips out")
 
 
 def _identity(source: Records, options: LoaderOptions) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def first_state() -> dict[str, Any]:
     return {"next": 0, "carry": [], "done": 0, "clips": 0, "left_out": {}}
 
 
-def plan_steps(
+def planned_steps(
     elements: Elements, state: Mapping[str, Any], unreadable: Unreadable
 ) -> Generator[PlannedStep, None, None]:
     """The steps from `state` on; they end with the stream. Raises `UserError` for a clip that fits no row, unless these
@@ -127,7 +127,7 @@ class _Arrivals:
             if not (fault := misfit(shape, self.limits)):
                 return shape, element
             if not self.options.skip_misfits:
-                raise UserError(f"{element.name} has {fault}, or leave such clips out with skip_misfits")
+                raise UserError(f"{element.name} has {fault}, or set data.skip_misfits to leave such clips out")
             too_long = shape.tokens > self.limits.tokens or shape.frames > self.limits.frames
             self.left_out[CLIP_TOO_LONG if too_long else CAPTION_TOO_LONG] += 1
             if refused >= self.epoch:

@@ -22,7 +22,7 @@ from sora_jax.data.plans import (
     PlannedStep,
     Unreadable,
     first_state,
-    plan_steps,
+    planned_steps,
 )
 from sora_jax.data.sources import FolderSource
 from sora_jax.data.stream import Elements, LoaderOptions, Records
@@ -149,7 +149,7 @@ def _open(path: str, config: Config) -> tuple[Any, dict[str, list[str]]]:
 def _one_epoch(source: Records, tokenize: Any, options: LoaderOptions) -> list[PlannedStep]:
     """The steps of at least an epoch: plans of several steps are taken whole."""
     taken: list[PlannedStep] = []
-    for step in plan_steps(Elements(source, tokenize, options), first_state(), Unreadable(source, [])):
+    for step in planned_steps(Elements(source, tokenize, options), first_state(), Unreadable(source, [])):
         taken.append(step)
         if step.read >= len(source) and not step.state["done"]:
             break
