@@ -58,7 +58,7 @@ class DataConfig:
     skip_long_captions: bool = False  # of a clip's captions only those that fit a row; else one too long is an error
     skip_misfits: bool = False  # leave out clips that fit no row, or have no caption that does; else one is an error
     groups: int = 5  # G: noise levels in a row
-    packing: Literal["packed", "buckets"] = "packed"  # clips of any shape share a row; or each step has one shape of clip
+    packing: Literal["packed", "buckets"] = "packed"  # clips of any shape share a row; or a step has one shape of them
     look_ahead: int = 256  # clips that each row is chosen from
     plan_steps: int = 32  # steps planned together, so that the rows of one cost the same
     workers: int = 0  # loader processes; 0 = threads of this one

@@ -165,15 +165,14 @@ def test_the_encoder_is_compiled_once_for_each_size(encode):
     class Sized(Clips):
         """Videos, of sizes in turn, that no other test has."""
 
-        extents = (Extent(5, 8, 12), Extent(5, 12, 8), Extent(5, 12, 12))
+        extents = (Extent(5, 8, 12), Extent(5, 12, 8))
 
         def frames(self, index):
-            _, height, width = self.extents[index % 3]
+            _, height, width = self.extents[index // 2 % 2]
             return np.zeros((self.lengths[index], height, width, 3), np.uint8)
 
-    assert encode(Sized([5, 3] * 8), "videos").programs == 3
-    assert encode(Sized([5, 3] * 8), "again").programs == 0, "it is still there"
-    assert encode(Sized([5, 1] * 8), "images").programs == 3, "an image of each size"
+    assert encode(Sized([5, 3] * 4), "videos").programs == 2
+    assert encode(Sized([5, 1] * 4), "both").programs == 2, "those of the images; the others are there"
 
 
 def test_sizes_that_do_not_fit_leave_nothing_behind(encode, tmp_path):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+from test_latents_cache import INFO, record
 from test_processes import arguments_of, descendants, environment_of
 
 from sora_jax.data.latents import CacheInfo, LatentSource, LatentWriter
 from sora_jax.errors import UserError
-from test_latents_cache import INFO, record
 
 LOCAL = Path(__file__).parents[1] / "launch" / "local.sh"
 CLIPS = 80

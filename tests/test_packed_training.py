@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(home: Path, workdir: Path, *overrides: str) -> tuple[list[dict[str, Any]], list[str]]:
-    options = ["train.checkpoint_every=0", "train.mesh.data=1", "data.prefix_share=0.0", "data.image_share=0.0", "optimizer.name=adamw"]
+    options = [
+        "train.checkpoint_every=0",
+        "train.mesh.data=1",
+        "data.prefix_share=0.0",
+        "data.image_share=0.0",
+        "optimizer.name=adamw",
+    ]
     config: Config = override(load_config(str(home / "tiny.py")), [*options, f"data.latents={home / 'latents'}"])
     said: list[str] = []
     train(override(config, ["data.skip_misfits=True", *overrides]), workdir, say=said.append)
@@ -62,8 +69,8 @@ def test_packed_rows_of_all_shapes_are_one_program(home: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_buckets_are_a_program_each(home: Path, tmp_path: Path):
     lines, said = run(home, tmp_path / "run", "data.packing=buckets", "train.steps=40")
-    # Clips of (tokens, frames) = (4, 1), (12, 3), (8, 2), (8, 1), (12, 2) in rows of 24 tokens and 6 groups: 6, 2, 3, 3, 2
-    # of them, in arrays of 24 tokens and 6, 6, 6, 3 and 4 groups.
+    # Clips of (tokens, frames) = (4, 1), (12, 3), (8, 2), (8, 1), (12, 2) in rows of 24 tokens and 6 groups: 6, 2, 3, 3
+    # and 2 of them, in arrays of 24 tokens and 6, 6, 6, 3 and 4 groups.
     assert lines[-1]["programs"] == 3
     assert said[-1].endswith("; the step was compiled to 3 programs")
-    assert all(a["programs"] <= b["programs"] for a, b in zip(lines, lines[1:], strict=False))
+    assert all(a["programs"] <= b["programs"] for a, b in itertools.pairwise(lines))

@@ -20,7 +20,7 @@ from sora_jax.tokens.packing import (
     fill_rows,
     unpack_rows,
 )
-from sora_jax.tokens.planning import ClipShape, plan_rows
+from sora_jax.tokens.planning import ClipShape, left_over, like_steps, plan_rows, row_cost
 
 ROW = {"row_tokens": 48, "row_text": 24, "row_groups": 8}
 shapes = st.lists(
@@ -107,11 +107,10 @@ def test_clip_that_fits_no_row_is_named(shape, message):
 
 
 def test_steps_hold_rows_of_like_cost():
-    shapes = [ClipShape(n, 1, 1) for n in (48, 3, 40, 5, 44, 4)]
-    plan = [[i] for i in range(6)]
-    steps = steps_of_like_cost(plan, shapes, rows=4, width=8)
-    assert steps == [[[0], [4], [2], [3]], [[5], [1], [], []]]
-    assert row_cost([0, 1], shapes, width=8) == pytest.approx(48 + 48**2 / 48 + 3 + 9 / 48)
+    rows = [48, 3, 40, 5, 44, 4]  # the tokens of the one clip of each
+    steps = like_steps(rows, lambda n: row_cost([n], 1 / 48), size=4, rng=np.random.default_rng(0))
+    assert sorted([sorted(filter(None, step)) for step in steps]) == [[3, 4], [5, 40, 44, 48]]
+    assert [len(step) for step in steps] == [4, 4]
 
 
 # ---------------------------------------------------------------------------------------------------------------- fill

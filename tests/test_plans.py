@@ -15,7 +15,7 @@ from test_loader import ROW, Rotten, assert_same, contents, loader, record, reco
 
 from sora_jax.data.latents import LatentHeader
 from sora_jax.data.loader import make_loader
-from sora_jax.data.plans import Unreadable, first_state, plan_steps
+from sora_jax.data.plans import Unreadable, first_state, planned_steps
 from sora_jax.data.stream import Elements, LoaderOptions
 from sora_jax.errors import UserError
 from sora_jax.shapes import Stride
@@ -69,7 +69,7 @@ def test_rows_of_mixed_clips_are_full_and_steps_are_balanced():
     options = LoaderOptions(**{**vars(options), "quadratic": quadratic_share(WIDTH, FEED_FORWARD)})
     source = Headers(3000)
     fills, costs = [], []
-    for step in itertools.islice(plan_steps(Elements(source, lambda text: [1], options), first_state(),
+    for step in itertools.islice(planned_steps(Elements(source, lambda text: [1], options), first_state(),
                                             Unreadable(source, [])), 64):  # fmt: skip
         clips = [[np.prod(element.size[:3]) / 4 for element in row] for row in step.rows]  # tokens
         fills.append(sum(map(sum, clips)) / 16 / 32_760)
@@ -81,8 +81,8 @@ def test_rows_of_mixed_clips_are_full_and_steps_are_balanced():
     assert np.mean(fills) >= 0.97
     assert max(np.max(costs, axis=1) / means - 1) <= 0.05
     assert means.max() > 1.5 * means.min(), "it is no merit where all rows cost the same"
-    assert not np.all(np.diff(means[:32]) < 0), "and training does not see them sorted"
-    assert np.abs(np.corrcoef(means, np.arange(64))[0, 1]) < 0.5
+    for plan in (means[:32], means[32:]):
+        assert np.abs(np.corrcoef(plan, np.arange(32))[0, 1]) < 0.6, "training does not see them sorted"
 
 
 def test_cost_of_a_pair_of_tokens():
@@ -124,12 +124,12 @@ def test_no_clip_waits_for_more_rows_than_there_are_clips_before_it():
     for _ in range(10):
         waiting.add(ClipShape(24, 1, 1), "half")
     waiting.add(ClipShape(25, 1, 1), "awkward")
-    for rows in range(1, 20):
-        if "awkward" in waiting.take_row(LIMITS):
-            break
+    taken = []
+    while "awkward" not in taken:
+        taken += waiting.take_row(LIMITS)
         while len(waiting) < 11:
             waiting.add(ClipShape(24, 1, 1), "half")
-    assert rows <= 11
+    assert len(taken) <= 11
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
@@ -175,7 +175,7 @@ def test_any_equal_slices_of_a_step_are_balanced(rows, shards):
     assert imbalance([0.0, 0.0]) == 0
 
 
-# --------------------------------------------------------------------------------------------- many clips, many processes
+# -------------------------------------------------------------------------------------------- many clips and processes
 
 WIDE = {"look_ahead": 12, "plan_steps": 3, "quadratic": 0.02}
 BUCKETS = {"packing": "buckets"}
@@ -183,8 +183,10 @@ BUCKETS = {"packing": "buckets"}
 
 @pytest.mark.parametrize("options", [WIDE, BUCKETS, WIDE | {"part": 1, "parts": 2}, BUCKETS | {"part": 1, "parts": 2}])
 def test_plans_go_on_to_the_bit(options):
-    options = {"seed": 5, "image_share": 0.1, "prefix_share": 0.2, "caption_dropout": 0.2, **options}
-    source = [record(i, frames=(1, 2, 10)[i % 3]) for i in range(40)]
+    shares = {"image_share": 0.1, "prefix_share": 0.2, "caption_dropout": 0.2}
+    options = {"seed": 5, "skip_misfits": True, **shares, **options}
+    # Of 12 clips buckets are not full within an epoch; as some are left out, several are late at once.
+    source = [record(i, frames=(1, 2, 10, 20)[i % 4]) for i in range(12 if "packing" in options else 40)]
     with loader(source, **options) as batches:
         states, straight, stats = [batches.state()], [], [batches.stats]
         for _ in range(12):
@@ -237,7 +239,7 @@ def test_a_bucket_is_one_shape_a_step():
     full = [sum(map(len, step)) == 4 * min(48 // int(np.prod(size)), 24 // size[0])
             for step, (size,) in zip(found, sizes, strict=True)]  # fmt: skip
     assert full.count(False) <= 10, "every bucket but what was left in it"
-    assert Counter(clip[0] for batch in taken for clip in contents(batch)) == {index: 2 for index in range(800)}
+    assert Counter(clip[0] for batch in taken for clip in contents(batch)) == dict.fromkeys(range(800), 2)
 
 
 def test_a_rare_clip_does_not_wait_for_ever():
@@ -258,7 +260,7 @@ def test_captions_too_many_for_a_row_leave_places_free():
 
 
 class LongCaptions(list):
-    """Records with a header each, of which every fifth has one caption too many bytes long, and every tenth no other."""
+    """Records with a header each, of which every fifth has a caption of too many bytes, and every tenth no other."""
 
     def header(self, index):
         long = ("x" * 50,)
@@ -275,9 +277,7 @@ def test_what_is_left_out_is_counted_by_reason():
     assert found == {index: 2 for index in range(40) if index % 10 and index != 3}
     # of 40 records, twice: 4 have a long caption only, 4 more have one beside a short one, and 1 is of 60 tokens
     assert stats.left_out == {"clip too long": 2, "caption too long": 8, "long captions": 16}
-    assert str(stats) == (
-        "epoch 2.00, 70 clips, left out: 2 clip too long, 8 caption too long, 16 long captions"
-    )
+    assert str(stats) == ("epoch 2.00, 70 clips, left out: 2 clip too long, 8 caption too long, 16 long captions")
     with loader(source, **options) as again:
         again.restore(state)
         assert again.stats.left_out == stats.left_out
@@ -295,6 +295,9 @@ def test_unreadable_records_are_part_of_what_is_said():
 
 def test_a_source_of_which_nothing_fits_ends_with_a_reason():
     source = LongCaptions(record(i, frames=20) for i in range(5))
-    with make_loader(source, tokenize=tokenize, **ROW, skip_misfits=True) as batches:
-        with pytest.raises(UserError, match="no clip of 5 fits a row: the last, clip .*, has 80 tokens and a row holds 48"):
-            next(batches)
+    expected = "no clip of 5 fits a row: the last, clip .*, has 80 tokens and a row holds 48"
+    with (
+        make_loader(source, tokenize=tokenize, **ROW, skip_misfits=True) as batches,
+        pytest.raises(UserError, match=expected),
+    ):
+        next(batches)

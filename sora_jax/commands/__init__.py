@@ -14,7 +14,7 @@ from types import ModuleType
 GROUPS: dict[str, tuple[str, ...]] = {
     "Make": ("sample", "export"),
     "Train": ("train", "plan", "checkpoint", "bench", "devices"),
-    "Data": ("encode",),
+    "Data": ("encode", "data"),
     "Trust": ("eval", "verify-model"),
 }
 

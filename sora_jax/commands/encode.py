@@ -23,7 +23,7 @@ EXAMPLES = """
     sora-jax encode world --clips 100000 --out latents/pairs --mix single=0.3,pair=0.6
     sora-jax encode my_videos --out latents/mine --height 128 --width 192 --fps 8
     sora-jax encode world --split heldout --clips 256 --out gs://bucket/heldout --autoencoder runs/autoencoder
-    launch/local.sh 4 sora-jax encode my_videos --out latents/mine      # four processes share the work
+    sora-jax encode my_videos --out gs://bucket/mine      # in as many processes as are started: they share the work
 """
 
 

@@ -78,8 +78,8 @@ class LatentWriter:
 
     Several processes may write one cache: the `first` opens it, then the others do, each writes shards that no other
     does, and when all are done the first one's `gather` makes them known. Until then a finished shard is told of by a
-    file of its own, latents-00003.json, so that no two processes write to one file; whoever opens the cache next, in any
-    number of processes, gathers what a run that was killed has left.
+    file of its own, latents-00003.json, so that no two processes write to one file. Whoever opens the cache next, in
+    any number of processes, gathers what a run that was killed has left.
 
     Raises `UserError` when the folder holds something else, or latents of another autoencoder or source.
     """
@@ -293,6 +293,11 @@ class LatentSource(Sequence[LatentRecord]):
                 frames, height, width = map(int, size.split("x"))
                 total[frames, height, width] += count
         return total
+
+    @property
+    def skipped(self) -> list[str]:
+        """The clips that could not be read when the whole cache was encoded, with the reason."""
+        return [reason for _, entry in self._shards for reason in entry.skipped]
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from sora_jax.data.latents import BadRecordError, LatentSource
-from sora_jax.data.plans import PlannedStep, Unreadable, first_state, plan_steps
+from sora_jax.data.plans import PlannedStep, Unreadable, first_state, planned_steps
 from sora_jax.data.stream import Elements, LoaderOptions, Records, Tokenize
 from sora_jax.errors import UserError
 from sora_jax.shapes import Stride
@@ -109,7 +109,7 @@ class Loader:
         """Batches from `state` on, each with the state after it."""
         unreadable = Unreadable(self._elements.source, state["bad"])
         channels: int | None = None
-        with contextlib.closing(plan_steps(self._elements, state, unreadable)) as steps:
+        with contextlib.closing(planned_steps(self._elements, state, unreadable)) as steps:
             for step in steps:
                 plan, clips = self._own_clips(step, unreadable)
                 if channels is None:
@@ -163,7 +163,7 @@ def make_loader(
     patch: Stride = Stride(1, 1, 1),
     **options: Any,
 ) -> Loader:
-    """Batches of rows (`PackedRows` as a dict of numpy arrays) from a source of latents, packed or in buckets (`plans`).
+    """Batches of rows (`PackedRows` as a dict of numpy arrays) from a source of latents, packed or in buckets.
 
     `tokenize` makes the token ids of a prompt; with workers it must travel to another process. `row_groups` is by
     default as many as `row_tokens` can need. The other options are those of `LoaderOptions`. With `parts`, every loader
@@ -171,7 +171,7 @@ def make_loader(
     loader alone.
 
     A record that cannot be read is left out and counted (`stats`); more than 5 % raise `UserError`. So does, before
-    the first batch, a cache with clips or captions that fit no row, unless `skip_misfits` has them left out, and counted.
+    the first batch, a cache with clips or captions that fit no row, unless `skip_misfits` leaves them out as well.
     """
     if not len(source):
         raise UserError("the source of latents is empty")
@@ -203,7 +203,7 @@ def _refuse_misfits(source: LatentSource, tokenize: Tokenize, options: LoaderOpt
         shapes[f'the caption "{caption[:40]}..."'] = ClipShape(1, len(tokenize(caption)), 1)
     for name, shape in shapes.items():
         if fault := misfit(shape, limits):
-            raise UserError(f"{name} in {source.path} has {fault}, or leave such clips out with skip_misfits")
+            raise UserError(f"{name} in {source.path} has {fault}, or set data.skip_misfits to leave such clips out")
 
 
 def _identity(source: Records, options: LoaderOptions) -> dict[str, Any]:

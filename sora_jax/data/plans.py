@@ -1,7 +1,7 @@
 """Which clips of the stream share a row and a step, known to every process of a run before any latents are read.
 
-    packed    rows of one length, filled with clips of any shape. Each row is chosen from the `look_ahead` clips that have
-              waited longest, and the rows of `plan_steps` steps are dealt so that those of one step cost the same
+    packed    rows of one length, filled with clips of any shape. Each row is chosen from the `look_ahead` clips that
+              have waited longest, and the rows of `plan_steps` steps are dealt so that those of one step cost the same
     buckets   the clips of a step have one shape, and its rows the length that holds as many of them as may be. A bucket
               gives a step when it is full, and at the latest an epoch after its first clip came
 
@@ -10,7 +10,6 @@ A plan depends on shapes and captions alone, and nothing is left out of it in si
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple, Self
@@ -64,7 +63,7 @@ def first_state() -> dict[str, Any]:
     return {"next": 0, "carry": [], "done": 0, "clips": 0, "left_out": {}}
 
 
-def plan_steps(
+def planned_steps(
     elements: Elements, state: Mapping[str, Any], unreadable: Unreadable
 ) -> Generator[PlannedStep, None, None]:
     """The steps from `state` on; they end with the stream. Raises `UserError` for a clip that fits no row, unless these
@@ -82,9 +81,7 @@ def plan_steps(
                 clips += sum(map(len, rows))
                 here = after if done + 1 == len(steps) else {**before, "done": done + 1}
                 costs = [_cost(row, arrivals) for row in rows]
-                yield PlannedStep(
-                    rows, sizes, imbalance(costs), arrivals.read, left_out, {**here, "clips": clips}
-                )
+                yield PlannedStep(rows, sizes, imbalance(costs), arrivals.read, left_out, {**here, "clips": clips})
             before = after
 
 
@@ -130,7 +127,7 @@ class _Arrivals:
             if not (fault := misfit(shape, self.limits)):
                 return shape, element
             if not self.options.skip_misfits:
-                raise UserError(f"{element.name} has {fault}, or leave such clips out with skip_misfits")
+                raise UserError(f"{element.name} has {fault}, or set data.skip_misfits to leave such clips out")
             too_long = shape.tokens > self.limits.tokens or shape.frames > self.limits.frames
             self.left_out[CLIP_TOO_LONG if too_long else CAPTION_TOO_LONG] += 1
             if refused >= self.epoch:
@@ -195,7 +192,8 @@ def _buckets(arrivals: _Arrivals) -> Generator[Plan, None, None]:
         each = min(most(shape), -(-len(bucket) // options.rows))
         rows: Rows = []
         for _ in range(options.rows):
-            text, row = limits.text, []
+            row: list[Element] = []
+            text = limits.text
             while bucket and len(row) < each and len(bucket[0].text) <= text:
                 text -= len(bucket[0].text)
                 row.append(bucket.pop(0))

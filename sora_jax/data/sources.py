@@ -26,10 +26,11 @@ from etils import epath
 
 from sora_jax.data.captions import Captioned, read_folder
 from sora_jax.data.clips import ClipRef, Window, cut_video, exact_rate
+from sora_jax.data.latent_files import LatentHeader
 from sora_jax.data.video_io import IMAGE_SUFFIXES, UnreadableError
 from sora_jax.data.world import Mix, WorldSource, shot_captions
 from sora_jax.errors import UserError
-from sora_jax.shapes import Extent
+from sora_jax.shapes import Extent, Stride
 
 MAX_UNREADABLE_SHARE = 0.05
 SIZE_RUN = 64  # clips of one size that follow each other, in a world of several sizes
@@ -128,6 +129,14 @@ class FolderSource:
             "fps": self.fps,
             "source": self._name(index),
         }
+
+    def header(self, index: int, stride: Stride, channels: int) -> LatentHeader:
+        """What will be known of the latents of clip `index`, without reading a frame of it."""
+        media, clip = self._clips[index]
+        still, frames = clip.timing is None, clip.window.length
+        shape = (1 + (frames - 1) // stride.time, self.height // stride.height, self.width // stride.width, channels)
+        pixels = (frames, self.height, self.width)
+        return LatentHeader(shape, media.captions, media.captions if still else (), self.fps, self._name(index), pixels)
 
     def batch(self, indices: Sequence[int]) -> list[dict[str, Any] | str]:
         return [self._read(index) for index in indices]

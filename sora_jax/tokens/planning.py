@@ -2,9 +2,9 @@
 
     clips ─ `LookAhead` of a stream, or `plan_rows` of a list ─ rows ─ `like_steps` ─ steps
 
-A row is as long as the longest clip that is to be trained on, so short clips have to share one. A step is as long as its
-slowest device, so rows of one step should cost the same. A clip of n tokens costs n + r n^2: what matrices do to a token,
-and what attention does to each pair of its tokens (r = `quadratic_share`).
+A row is as long as the longest clip that is to be trained on, so short clips have to share one. A step takes as long as
+its slowest device, so rows of one step should cost the same. A clip of n tokens costs n + r n^2: what matrices do to a
+token, and what attention does to each pair of its tokens (r = `quadratic_share`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _OPTIONS = ("row_tokens", "row_text", "row_groups")
 
 
 def misfit(shape: ClipShape, limits: ClipShape) -> str:
-    """Why a clip would not fit an empty row: "49 tokens and a row holds 48: raise row_tokens to 49"; "" when it fits."""
+    """Why a clip fits no empty row: "49 tokens and a row holds 48: raise row_tokens to 49"; "" when it does fit."""
     for what, size, limit, option in zip(_WHAT, shape, limits, _OPTIONS, strict=True):
         if size > limit:
             return f"{size} {what} and a row holds {limit}: raise {option} to {size}"
@@ -168,9 +168,9 @@ def like_steps(
 ) -> list[list[T | None]]:
     """Deal rows into steps of `size` so that those of one step cost about the same; None fills up the last one.
 
-    Rows go together by cost only as far as is needed: where many cost the same but for `LIKE`, they are mixed at random.
-    Steps come in random order, lest training sees clips sorted by length, and within a step rows stand so that its
-    halves, quarters, ... cost about the same as well (`balanced_order`), whatever the mesh cuts it into.
+    Rows go together by cost only as far as is needed: where many cost the same but for `LIKE`, they are mixed at
+    random. Steps come in random order, lest training sees clips sorted by length, and within a step rows stand so that
+    its halves, quarters, ... cost about the same as well (`balanced_order`), whatever the mesh cuts it into.
     """
     by_cost = sorted(rows, key=lambda row: -cost(row))  # stable, so equal costs stay as they came
     steps = [by_cost[start : start + size] for start in range(0, len(by_cost), size)]
@@ -198,7 +198,7 @@ def _runs_alike(steps: list[list[T]], cost: Callable[[T], float]) -> list[list[l
 
 
 def balanced_order(costs: Sequence[float]) -> list[int]:
-    """An order of a step's rows in which any equal contiguous slices cost about the same: a permutation of their indices.
+    """An order of a step's rows in which equal contiguous slices cost about the same: a permutation of their indices.
 
     It does not depend on how many slices there will be, so a run sees the same batches on any mesh. The dearest half of
     the rows is paired with the cheapest, the dearest pairs with the cheapest pairs, and so on (in threes, fives, ...

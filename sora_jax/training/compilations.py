@@ -32,6 +32,6 @@ class Compilations:
     def __exit__(self, *_: object) -> None:
         jax.monitoring.unregister_event_duration_listener(self._heard)
 
-    def _heard(self, event: str, duration: float, **_: str | int) -> None:
+    def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == _COMPILED and threading.get_ident() == self._thread:
             self.count += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,13 +11,14 @@ from etils import epath
 from flax import nnx
 
 from sora_jax import sharding
+from sora_jax.config import Config
 from sora_jax.data.latents import LatentSource
 from sora_jax.data.loader import make_loader
 from sora_jax.data.sources import Clips, FolderSource, WorldClips
 from sora_jax.errors import UserError
 from sora_jax.models.structure import parameters_of, structure_of
 from sora_jax.models.text_encoder import TextEncoderConfig
-from sora_jax.models.tokenizer import ByteTokenizer
+from sora_jax.models.tokenizer import ByteTokenizer, Tokenizer
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.tokens.packing import PackedRows
 from sora_jax.tokens.planning import quadratic_share
@@ -47,30 +47,9 @@ def diffusion_stage(context: Context) -> Stage:
             f"the latents in {folder} have {source.info.channels} channels and transformer.in_channels is "
             f"{transformer.in_channels}"
         )
-    tokenizer = tokenizer_of(config.train.init) if config.train.learns != "all" else ByteTokenizer()
-    loader_options: dict[str, Any] = {
-        "tokenize": tokenizer.places,
-        "row_tokens": data.row_tokens,
-        "row_text": data.row_text,
-        "row_groups": data.groups,
-        "patch": transformer.patch,
-        "seed": data.seed,
-        "image_share": data.image_share,
-        "prefix_share": data.prefix_share,
-        "skip_long_captions": data.skip_long_captions,
-        "skip_misfits": data.skip_misfits,
-        "packing": data.packing,
-        "look_ahead": data.look_ahead,
-        "quadratic": quadratic_share(transformer.dim, transformer.ffn_dim),
-    }
+    tokenizer = caption_tokenizer(config)
     batches = make_loader(
-        source,
-        rows=config.train.batch_size,
-        caption_dropout=data.caption_dropout,
-        plan_steps=data.plan_steps,
-        **context.part._asdict(),
-        workers=data.workers,
-        **loader_options,
+        source, tokenize=tokenizer.places, **loader_options(config), **context.part._asdict(), workers=data.workers
     )
     make = networks(config)
     modules = DiffusionModules(**{name: structure_of(network) for name, network in make.items()})
@@ -98,7 +77,7 @@ def diffusion_stage(context: Context) -> Stage:
     if data.held_out:
         validate = mean_over(
             partial(make_diffusion_validation(modules, levels, jax.random.key(0), dtype=context.dtype), kept=kept),
-            _held_out_rows(LatentSource(folder, start=-data.held_out), context, loader_options),
+            _held_out_rows(LatentSource(folder, start=-data.held_out), context, tokenizer),
         )
     rows = config.train.batch_size
 
@@ -128,6 +107,25 @@ def diffusion_stage(context: Context) -> Stage:
         sample=diffusion_sampler(context, modules, tokenizer, kept),
         kept=tuple(kept),
     )
+
+
+def caption_tokenizer(config: Config) -> Tokenizer:
+    """Of the model that is tuned, or bytes."""
+    return tokenizer_of(config.train.init) if config.train.learns != "all" else ByteTokenizer()
+
+
+def loader_options(config: Config) -> dict[str, Any]:
+    """What decides which batches there are, besides the source and the tokenizer (`data.loader.make_loader`)."""
+    data, transformer = config.data, config.transformer
+    same = ["seed", "image_share", "prefix_share", "caption_dropout", "row_tokens", "row_text", "skip_long_captions"]
+    same += ["skip_misfits", "packing", "look_ahead", "plan_steps"]
+    return {
+        **{name: getattr(data, name) for name in same},
+        "rows": config.train.batch_size,
+        "row_groups": data.groups,
+        "patch": transformer.patch,
+        "quadratic": quadratic_share(transformer.dim, transformer.ffn_dim),
+    }
 
 
 def make_latents(context: Context) -> epath.Path:
@@ -167,11 +165,11 @@ class _Packed:
         return PackedRows(**next(self._loader))
 
 
-def _held_out_rows(source: LatentSource, context: Context, options: Mapping[str, Any]) -> list[PackedRows]:
+def _held_out_rows(source: LatentSource, context: Context, tokenizer: Tokenizer) -> list[PackedRows]:
     """The same few batches of clips that are not trained on, at every validation of every run."""
-    with make_loader(
-        source, rows=context.config.train.batch_size, shuffle=False, epochs=1, **{**options, "seed": 0}
-    ) as loader:
+    fixed = {"seed": 0, "caption_dropout": 0.0, "plan_steps": 1}
+    options = {**loader_options(context.config), **fixed}
+    with make_loader(source, tokenize=tokenizer.places, shuffle=False, epochs=1, **options) as loader:
         return [
             jax.device_put(PackedRows(**batch), sharding.batch_sharding(context.mesh))
             for _, batch in zip(range(VALIDATION_BATCHES), loader, strict=False)

@@ -78,9 +78,10 @@ def encode_clips(
     Several processes (`sora_jax.cluster`) share the shards that are missing, each whole ones, and all return what all
     have made. One that was killed ends the others; started again, in any number, they go on with what is missing then.
 
-    Batches have `batch_size` clips (rounded up to the devices of `mesh`, by default all of this process), split over the
-    devices, while `threads` read or render the next ones. For each size one program encodes all videos and one all images: a clip
-    shorter than the longest is filled up at its end, which a causal autoencoder does not see, and cut again.
+    Batches have `batch_size` clips (rounded up to the devices of `mesh`, by default all of this process), split over
+    the devices, while `threads` read or render the next ones. For each size one program encodes all videos and one all
+    images: a clip shorter than the longest is filled up at its end, which a causal autoencoder does not see, and cut
+    again.
 
     Raises `UserError` when `out` holds latents of another autoencoder or source, when clips do not fit the
     autoencoder, or when more than 5 % of the clips cannot be read.
@@ -95,7 +96,7 @@ def encode_clips(
     process, processes = jax.process_index(), jax.process_count()
     sizes = {"clips": total, "clips_per_shard": clips_per_shard}
     writer = first_then_others(
-        lambda: LatentWriter(out, info, **sizes, shared=processes > 1, first=process == 0)
+        "open the cache", lambda: LatentWriter(out, info, **sizes, shared=processes > 1, first=process == 0)
     )
     before, done = writer.count, writer.done
     own = writer.missing()[process::processes]
@@ -119,8 +120,8 @@ def encode_clips(
                     progress(done, there)
         _refuse_many_left_out(writer, total)  # those of earlier runs included
     if processes > 1:
-        wait_for_all(f"encoded {out}")
-        first_then_others(writer.gather if process == 0 else writer.reload)
+        wait_for_all("all shards are written")
+        first_then_others("gather the shards", writer.gather if process == 0 else writer.reload)
         _refuse_many_left_out(writer, total)  # now those of all processes
     seconds = time.monotonic() - started
     return Encoded(writer.count, writer.count - before, tuple(writer.skipped), encoder.programs.count, seconds)

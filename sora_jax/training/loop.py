@@ -229,7 +229,8 @@ def train(
     )
     say(
         f"{'stopped' if step < settings.steps else 'done'} at step {step}, saved at {saved}, after "
-        f"{duration(spent['total'])}" + (f" (of which {overhead})" if overhead else "")
+        f"{duration(spent['total'])}"
+        + (f" (of which {overhead})" if overhead else "")
         + f"; the step was compiled to {programs.count} program{'s' * (programs.count != 1)}"
     )
     return Summary(step, step < settings.steps, dict(last_line))
