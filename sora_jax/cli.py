@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 from sora_jax import __version__, commands
-from sora_jax.errors import UserError, nearest
+from sora_jax.errors import NoRoomError, UserError, nearest
 
 PROGRAM = "sora-jax"
 OVERRIDE = "--config."
@@ -161,6 +161,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has left. Python would complain once more when it flushes stdout on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except NoRoomError as error:
+        if debug:
+            raise
+        _say(f"error: {_one_line(error)}")
+        os._exit(2)  # now: threads of Orbax that could not write either would follow with pages of the same
     except (UserError, OSError) as error:
         if debug:
             raise

@@ -62,6 +62,7 @@ class DataConfig:
     look_ahead: int = 256  # clips that each row is chosen from
     plan_steps: int = 32  # steps planned together, so that the rows of one cost the same
     workers: int = 0  # loader processes; 0 = threads of this one
+    stalled_seconds: float = 600.0  # without a batch, after which the loader is taken for hung; 0 = never
     seed: int = 0
 
 
@@ -94,7 +95,7 @@ class TrainConfig:
     sample_every: int = 2000
     checkpoint_every: int = 1000
     keep: int = 3  # newest checkpoints to keep
-    max_skipped: int = 8  # steps in a row with gradients that are not finite, before the run stops
+    max_skipped: int = 8  # steps in a row with gradients that are not finite or a spike, before the run stops
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
@@ -164,6 +165,9 @@ FREE_ON_RESUME = (
     "train.keep",
     "train.max_skipped",
     "train.mesh.",
+    "optimizer.spike_sigmas",
+    "data.workers",
+    "data.stalled_seconds",
     "sample.",
 )
 

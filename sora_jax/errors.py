@@ -14,6 +14,10 @@ class UserError(ValueError):
     """A request that cannot be met as asked; the message is one clear line."""
 
 
+class NoRoomError(UserError):
+    """A disk is full. Threads that were writing to it may still be there, and have much to say about it."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The hint that ends an "unknown X" message.
 

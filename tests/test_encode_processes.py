@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+from process_tree import arguments_of, descendants, environment_of
 from test_latents_cache import INFO, record
-from test_processes import arguments_of, descendants, environment_of
 
 from sora_jax.data.latents import CacheInfo, LatentSource, LatentWriter
 from sora_jax.errors import UserError

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
 import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 
 import numpy as np
@@ -391,7 +387,7 @@ def test_options_that_cannot_be(options, message):
 # -------------------------------------------------------------------------------------------------------------- workers
 
 
-def test_workers_give_the_same_batches_and_die_loudly(cache, monkeypatch):
+def test_workers_give_the_same_batches(cache, monkeypatch):
     def nosy(text):
         """One more token that says how the process is set up; by value, as users' functions come."""
         quiet = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
@@ -409,47 +405,8 @@ def test_workers_give_the_same_batches_and_die_loudly(cache, monkeypatch):
             assert_same(found, batch)
         assert os.environ["JAX_PLATFORMS"] == "cpu,tpu", "and the parent keeps its own"
         state = together.state()
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-        start = time.monotonic()
-        with pytest.raises(RuntimeError, match="terminated unexpectedly"):
-            collections.deque(itertools.islice(together, 200), maxlen=0)
-        assert time.monotonic() - start < 30
     assert not multiprocessing.active_children()
     with make_loader(LatentSource(cache), tokenize=tokenize, **options) as alone:
         next(alone)
         alone.restore(state)  # from two workers to none
         assert alone.stats.elements == state["next"]
-
-
-@pytest.mark.faults
-def test_workers_do_not_outlive_a_killed_parent(cache):
-    script = f"""
-import multiprocessing, time
-from sora_jax.data.latents import LatentSource
-from sora_jax.data.loader import make_loader
-from sora_jax.models.tokenizer import ByteTokenizer
-
-if __name__ == "__main__":
-    batches = make_loader(LatentSource({str(cache)!r}), tokenize=ByteTokenizer().encode, rows=2, row_tokens=30,
-                          row_text=40, workers=1)
-    next(batches)
-    print(multiprocessing.active_children()[0].pid, flush=True)
-    time.sleep(100)
-"""
-    path = cache / "run.py"
-    path.write_text(script)
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, path], text=True, **quiet) as parent:
-        worker = int(parent.stdout.readline())
-        parent.kill()
-        parent.wait()
-    for _ in range(100):
-        try:
-            os.kill(worker, 0)
-        except ProcessLookupError:
-            return
-        with open(f"/proc/{worker}/stat") as stat:
-            if stat.read().split()[2] == "Z":  # dead, and nobody has collected it yet
-                return
-        time.sleep(0.1)
-    pytest.fail("the worker is still there ten seconds after its parent was killed")

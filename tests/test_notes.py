@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from counting_run import Counting, config_of, stage_of
 from PIL import Image
 from quick_compile import quick_compile
-from test_train_loop import Counting, config_of, stage_of
 from tiny_run import make_home
 
 from sora_jax.cli import main

@@ -16,6 +16,7 @@ from sora_jax.models import layers
 from sora_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sora_jax.models.transformer import Transformer, TransformerConfig
 from sora_jax.training.optimizer import OptimizerConfig, decay_mask, make_optimizer, make_schedule, muon_matrices
+from sora_jax.training.spikes import NormStatistics, is_spike, no_statistics, observe
 from sora_jax.training.state import TrainState, apply_gradients, ema_decay_at, ema_update
 
 # ------------------------------------------------------------------------------------------------------------ schedule
@@ -185,7 +186,7 @@ def test_options_are_checked():
 
 def state_of(params, optimizer: optax.GradientTransformation) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, params, optimizer.init(params), jax.random.key(0), zero, zero)
+    return TrainState(zero, params, params, optimizer.init(params), jax.random.key(0), zero, zero, no_statistics())
 
 
 def test_clipping_scales_to_the_norm():
@@ -228,3 +229,57 @@ def test_ema_decay_is_a_running_mean_at_first():
     assert float(ema_decay_at(jnp.int32(90), 0.999)) == pytest.approx(0.91)
     assert float(ema_decay_at(jnp.int32(10**6), 0.999)) == pytest.approx(0.999)
     np.testing.assert_allclose(ema_update({"a": jnp.array(1.0)}, {"a": jnp.array(3.0)}, 0.75)["a"], 1.5)
+
+
+# -------------------------------------------------------------------------------------------------------------- spikes
+
+
+def seen(norms: np.ndarray) -> NormStatistics:
+    return jax.lax.scan(lambda stats, norm: (observe(stats, norm), None), no_statistics(), jnp.asarray(norms))[0]
+
+
+@pytest.mark.parametrize("count", [1, 7, 100, 350])
+def test_statistics_of_norms_are_weighted_mean_and_variance(count: int):
+    """All norms count alike up to a hundred; from then on each new one is a hundredth of the whole."""
+    norms = np.random.default_rng(0).lognormal(1.0, 0.7, count).astype(np.float32)
+    weights = np.zeros(count)
+    for n in range(count):
+        share = 1 / min(n + 1, 100)
+        weights *= 1 - share
+        weights[n] = share
+    logs = np.log(norms.astype(np.float64))
+    mean = weights @ logs
+    found = seen(norms)
+    assert int(found.count) == count
+    assert float(found.mean) == pytest.approx(mean, rel=1e-4)
+    assert float(found.variance) == pytest.approx(weights @ (logs - mean) ** 2, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spread", "factor", "sigmas", "count", "spike"),
+    [
+        (0.7, np.exp(0.7 * 5), 6.0, 100, False),  # 33 times the usual, but these norms vary
+        (0.7, np.exp(0.7 * 8), 6.0, 100, True),
+        (0.7, np.exp(0.7 * 8), 6.0, 99, False),  # too early to tell
+        (0.7, np.exp(0.7 * 8), 0.0, 100, False),  # off
+        (0.01, 9.0, 6.0, 100, False),  # 220 deviations, but not ten times the usual
+        (0.01, 11.0, 6.0, 100, True),
+        (0.7, 1e-6, 6.0, 100, False),  # small is no harm
+    ],
+)
+def test_a_spike_is_far_in_deviations_and_in_size(spread: float, factor: float, sigmas: float, count: int, spike: bool):
+    norms = 3.0 * np.exp(spread * np.where(np.arange(count) % 2, 1.0, -1.0)).astype(np.float32)
+    assert bool(is_spike(seen(norms), jnp.float32(3.0 * factor), sigmas)) is spike
+
+
+def test_a_spike_changes_nothing_but_the_counters():
+    optimizer = optax.adam(0.1)
+    state = state_of({"a": jnp.ones(2)}, optimizer).replace(norms=seen(np.full(100, 2.0, np.float32)))
+    grads = {"a": jnp.array([1e3, 0.0])}
+    after, metrics = apply_gradients(
+        state, grads, jnp.float32(1), optimizer, clip_norm=1.0, spike_sigmas=6.0, ema_decay=0.9
+    )
+    for name in ("params", "ema", "opt_state", "norms"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+    assert (int(after.skipped), int(after.skipped_in_a_row)) == (1, 1)
+    assert float(metrics["grad_norm"]) == 1e3

@@ -5,107 +5,30 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from counting_run import Counting, Run, config_of, stage_of
 from etils import epath
 from flax import nnx
 from quick_compile import quick_compile
 
-from sora_jax.config import Config, load_config, override
+from sora_jax.config import load_config
 from sora_jax.errors import UserError
 from sora_jax.media import read_media
 from sora_jax.models import layers
 from sora_jax.training import loop
-from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.diffusion_stage import diffusion_flops
-from sora_jax.training.loop import Summary, train
+from sora_jax.training.loop import train
 from sora_jax.training.metrics import Averages, LateMetrics, MetricsWriter, peak_flops
 from sora_jax.training.pretrained import find_pretrained
 from sora_jax.training.stage import Context, Stage
-from sora_jax.training.state import TrainState, apply_gradients
-
-ROWS = 8
-
-
-class Counting:
-    """Batch b is b times the counting matrix; poisoned batches are NaN. Calls `at[b]()` when batch b is taken."""
-
-    def __init__(self, poison: range = range(0), at: dict[int, Callable[[], Any]] | None = None):
-        self._next, self._poison, self._at = 0, poison, at or {}
-
-    def __next__(self) -> np.ndarray:
-        number, self._next = self._next, self._next + 1
-        self._at.get(number, lambda: None)()
-        batch = np.arange(ROWS * 3, dtype=np.float32).reshape(ROWS, 3) * (number % 5) / 10
-        return batch * np.nan if number in self._poison else batch
-
-    def state(self) -> dict[str, Any]:
-        return {"next": self._next}
-
-    def restore(self, state: Any) -> None:
-        self._next = state["next"]
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def make_params(key: jax.Array) -> dict[str, Any]:
-    return {"model": nnx.split(layers.Linear(3, 2, ("embed", "mlp"), rngs=nnx.Rngs(params=key)), graph=False)[1]}
-
-
-def stage_of(batches: Counting, seen: list[Any] | None = None) -> Callable[[Context], Stage]:
-    def make(context: Context) -> Stage:
-        graphdef = nnx.split(
-            nnx.eval_shape(lambda: layers.Linear(3, 2, ("embed", "mlp"), rngs=nnx.Rngs(0))), graph=False
-        )[0]
-
-        def step(state: TrainState, batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-            noise = jax.random.normal(state.step_key(), (batch.shape[0], 2))
-
-            def loss_of(params: Any) -> jax.Array:
-                return jnp.mean(jnp.square(nnx.merge(graphdef, params["model"])(batch) - noise))
-
-            loss, grads = jax.value_and_grad(loss_of)(state.params)
-            state, metrics = apply_gradients(state, grads, loss, context.optimizer, clip_norm=1.0, ema_decay=0.9)
-            return state, {"loss": loss, **metrics}
-
-        def validate(params: Any) -> dict[str, jax.Array]:
-            return {"loss": jnp.sum(params["model"]["kernel"][...])}
-
-        def sample(params: Any) -> list[np.ndarray]:
-            return [np.full((5, 16, 16, 3), shade, np.uint8) for shade in (0, 100, 200)]
-
-        if seen is not None:
-            seen.append(context)
-        return Stage(
-            make_params, jax.jit(step, donate_argnums=0), batches, "8 rows", 100, 1e6, validate=validate, sample=sample
-        )
-
-    return make
-
-
-def config_of(*overrides: str) -> Config:
-    fast = [
-        "train.steps=6",
-        "train.batch_size=8",
-        "train.log_every=1",
-        "train.checkpoint_every=0",
-        "train.validate_every=0",
-    ]
-    fast += [
-        "train.sample_every=0",
-        "optimizer.name=adamw",
-        "optimizer.warmup_steps=0",
-        "optimizer.learning_rate=0.01",
-        "train.mesh.data=1",
-    ]
-    return override(load_config("world"), [*fast, *overrides])
+from sora_jax.training.tensorboard import EventFile
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,33 +43,6 @@ def _one_device(monkeypatch: pytest.MonkeyPatch):
     """The loop takes every device there is; most of these tests are about one."""
     one = jax.devices()[:1]
     monkeypatch.setattr(loop.sharding, "make_mesh", lambda sizes, make=loop.sharding.make_mesh: make(sizes, one))
-
-
-class Run:
-    """Runs in one workdir, and what they left there."""
-
-    def __init__(self, workdir: Path):
-        self.workdir = workdir
-        self.said: list[str] = []
-
-    def __call__(self, *overrides: str, batches: Counting | None = None, force: bool = False) -> Summary:
-        make = stage_of(batches or Counting())
-        return train(config_of(*overrides), self.workdir, force=force, say=self.said.append, make_stage=make)
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.workdir / "metrics.jsonl").read_text().splitlines()]
-
-    @property
-    def losses(self) -> dict[int, float]:
-        return {line["step"]: line["loss"] for line in self.lines}
-
-    @property
-    def steps(self) -> list[int]:
-        checkpoints = Checkpoints(self.workdir / "checkpoints", read_only=True)
-        steps = checkpoints.steps()
-        checkpoints.close()
-        return steps
 
 
 @pytest.fixture
@@ -284,24 +180,6 @@ def test_a_signal_ends_the_run_with_a_checkpoint(run: Run, tmp_path: Path, numbe
     assert run.losses == whole.losses
 
 
-def test_bad_gradients_are_skipped_said_and_counted(run: Run):
-    run(batches=Counting(poison=range(2, 4)))
-    assert [line for line in run.said if "not finite" in line] == [
-        "step 3: gradients are not finite; skipped (1 in a row)",
-        "step 4: gradients are not finite; skipped (2 in a row)",
-    ]
-    assert [line["loss"] is None for line in run.lines] == [False, False, True, True, False, False]
-
-
-def test_a_run_of_bad_gradients_ends_it_with_the_last_good_checkpoint_kept(run: Run):
-    batches = Counting(poison=range(3, 100))
-    with pytest.raises(UserError, match="stopped at step 6: gradients were not finite for 3 steps in a row"):
-        run("train.steps=50", "train.max_skipped=3", "train.checkpoint_every=2", batches=batches)
-    assert max(run.steps) <= 4
-    assert batches.closed
-    assert np.isfinite(run.losses[3])
-
-
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 
@@ -366,3 +244,31 @@ def test_flops_of_the_open_models_are_those_published():
 def test_what_is_no_model_is_refused(tmp_path: Path):
     with pytest.raises(UserError):
         find_pretrained(str(tmp_path / "nothing"))
+
+
+def test_tensorboard_reads_what_is_written(tmp_path: Path):
+    """By its own framing: length, checksum, event; the second file says from which step on the first is void."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    def events(path: Path) -> list[Event]:
+        data, found = path.read_bytes(), []
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            found.append(Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+        return found
+
+    folder = tmp_path / "tensorboard"
+    file = EventFile(folder)
+    file.add_scalar("loss", 2.5, 7)
+    file.add_image("samples", np.full((4, 6, 3), 9, np.uint8), 8)
+    file.close()
+    (path,) = folder.glob("events*")
+    version, scalar, image = events(path)
+    assert version.file_version == "brain.Event:2"
+    assert (scalar.step, scalar.summary.value[0].tag, scalar.summary.value[0].simple_value) == (7, "loss", 2.5)
+    assert (image.step, image.summary.value[0].image.height, image.summary.value[0].image.width) == (8, 4, 6)
+    path.unlink()
+    EventFile(folder, purge_step=8).close()
+    (path,) = folder.glob("events*")
+    assert [(event.step, event.session_log.status) for event in events(path)][1:] == [(8, 1)]

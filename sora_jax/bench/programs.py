@@ -66,6 +66,7 @@ def training_program(config: Config, mesh: Mesh, dtype: jnp.dtype) -> TrainingPr
         optimizer,
         config.levels,
         clip_norm=config.optimizer.clip_norm,
+        spike_sigmas=config.optimizer.spike_sigmas,
         ema_decay=config.train.ema,
         dtype=dtype,
     )

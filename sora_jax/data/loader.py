@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import queue
-import threading
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -20,7 +18,9 @@ import numpy as np
 
 from sora_jax.data.latents import BadRecordError, LatentSource
 from sora_jax.data.plans import PlannedStep, Unreadable, first_state, planned_steps
+from sora_jax.data.producer import Producer
 from sora_jax.data.stream import Elements, LoaderOptions, Records, Tokenize
+from sora_jax.data.workers import Workers
 from sora_jax.errors import UserError
 from sora_jax.shapes import Stride
 from sora_jax.tokens.packing import Clip, FillRatio, fill_ratio, fill_rows
@@ -59,7 +59,7 @@ class Loader:
         self._identity = _identity(source, options)
         self._state: dict[str, Any] = {**first_state(), "bad": []}
         self.stats = self._stats(0, 0, [], {})
-        self._producer: _Producer | None = None
+        self._producer: Producer | None = None
         self._closed = False
 
     def __iter__(self) -> Self:
@@ -69,7 +69,9 @@ class Loader:
         if self._closed:
             raise ValueError("this loader is closed")
         if self._producer is None:
-            self._producer = _Producer(self._batches(self._state), self.options.prefetch)
+            workers = Workers(self.options.workers)
+            batches = self._batches(self._state, workers)
+            self._producer = Producer(batches, self.options.prefetch, workers, self.options.stalled_seconds)
         batch, self._state, self.stats = next(self._producer)
         return batch
 
@@ -105,11 +107,13 @@ class Loader:
 
     # ------------------------------------------------------------------------------------------------------- filling
 
-    def _batches(self, state: Mapping[str, Any]) -> Generator[tuple[Batch, dict[str, Any], LoaderStats], None, None]:
+    def _batches(
+        self, state: Mapping[str, Any], workers: Workers
+    ) -> Generator[tuple[Batch, dict[str, Any], LoaderStats], None, None]:
         """Batches from `state` on, each with the state after it."""
         unreadable = Unreadable(self._elements.source, state["bad"])
         channels: int | None = None
-        with contextlib.closing(planned_steps(self._elements, state, unreadable)) as steps:
+        with contextlib.closing(planned_steps(self._elements, state, unreadable, workers)) as steps:
             for step in steps:
                 plan, clips = self._own_clips(step, unreadable)
                 if channels is None:
@@ -208,50 +212,8 @@ def _refuse_misfits(source: LatentSource, tokenize: Tokenize, options: LoaderOpt
 
 def _identity(source: Records, options: LoaderOptions) -> dict[str, Any]:
     """What must be the same for a state to mean the same; as JSON gives it back."""
-    free = ("workers", "prefetch", "part", "parts")
+    free = ("workers", "prefetch", "stalled_seconds", "part", "parts")
     identity = {name: value for name, value in dataclasses.asdict(options).items() if name not in free}
     identity["patch"] = list(options.patch)
     identity["records"] = len(source)
     return identity | (source.identity if isinstance(source, LatentSource) else {})
-
-
-class _Producer:
-    """Runs an iterator up to `ahead` items ahead in a thread; errors are raised where the item would have come."""
-
-    def __init__(self, items: Generator[Any, None, None], ahead: int):
-        self._items, self._ahead = items, ahead
-        self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(max(ahead, 1))
-        self._stop = threading.Event()
-        self._end: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
-        if ahead:
-            self._thread.start()
-
-    def __next__(self) -> Any:
-        if self._end is not None:
-            raise self._end
-        item, self._end = self._queue.get() if self._ahead else self._draw()
-        if self._end is not None:
-            raise self._end
-        return item
-
-    def _draw(self) -> tuple[Any, BaseException | None]:
-        try:
-            return next(self._items), None
-        except BaseException as error:  # noqa: BLE001 (raised again by __next__, StopIteration among them)
-            return None, error
-
-    def _run(self) -> None:
-        end = None
-        while end is None and not self._stop.is_set():
-            item, end = self._draw()
-            while not self._stop.is_set():
-                with contextlib.suppress(queue.Full):
-                    self._queue.put((item, end), timeout=0.1)
-                    break
-
-    def close(self) -> None:
-        self._stop.set()
-        if self._ahead:
-            self._thread.join()
-        self._items.close()

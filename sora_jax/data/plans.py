@@ -15,6 +15,7 @@ from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple, Self
 
 from sora_jax.data.stream import Element, Elements, random_stream, stream
+from sora_jax.data.workers import Workers
 from sora_jax.errors import UserError
 from sora_jax.tokens.planning import ClipShape, LookAhead, imbalance, like_steps, misfit, row_cost
 
@@ -64,14 +65,14 @@ def first_state() -> dict[str, Any]:
 
 
 def planned_steps(
-    elements: Elements, state: Mapping[str, Any], unreadable: Unreadable
+    elements: Elements, state: Mapping[str, Any], unreadable: Unreadable, workers: Workers | None = None
 ) -> Generator[PlannedStep, None, None]:
     """The steps from `state` on; they end with the stream. Raises `UserError` for a clip that fits no row, unless these
-    are left out, and when too many records cannot be read."""
+    are left out, and when too many records cannot be read. `workers` gets to know the processes that read."""
     options = elements.options
     plan = _packed if options.packing == "packed" else _buckets
     clips = int(state["clips"])
-    with _Arrivals(elements, state, unreadable) as arrivals:
+    with _Arrivals(elements, state, unreadable, workers) as arrivals:
         before = {name: state[name] for name in first_state()}
         for steps, waiting in plan(arrivals):
             left_out = {reason: arrivals.left_out[reason] for reason in REASONS if arrivals.left_out[reason]}
@@ -88,13 +89,15 @@ def planned_steps(
 class _Arrivals:
     """The clips of the stream that can be planned, with their shapes: first those that wait, then new ones."""
 
-    def __init__(self, elements: Elements, state: Mapping[str, Any], unreadable: Unreadable):
+    def __init__(
+        self, elements: Elements, state: Mapping[str, Any], unreadable: Unreadable, workers: Workers | None = None
+    ):
         self.options, self._elements, self._unreadable = elements.options, elements, unreadable
         self.limits = ClipShape(self.options.row_tokens, self.options.row_text, self.options.row_groups)
         self.read = int(state["next"])
         self.left_out = Counter(state["left_out"])
         self._carry = [self._again(number) for number in state["carry"]]
-        self._stream = stream(elements, self.read)
+        self._stream = stream(elements, self.read, workers)
 
     def __enter__(self) -> Self:
         return self

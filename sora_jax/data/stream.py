@@ -7,20 +7,16 @@ stream is a number.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from sora_jax.data.latents import BadRecordError, LatentHeader, LatentRecord
+from sora_jax.data.workers import Workers, environment, signals_blocked, start_worker
 from sora_jax.errors import UserError
 from sora_jax.shapes import Extent, Stride, token_extent
 from sora_jax.tokens.planning import ClipShape
@@ -42,7 +38,7 @@ class Records(Protocol):
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """What a loader makes of its source; all of it but `workers` and `prefetch` decides which batches come."""
+    """What a loader makes of its source; all of it but what says how it is read decides which batches come."""
 
     rows: int  # B: rows a step, of all parts
     row_tokens: int  # N
@@ -65,6 +61,7 @@ class LoaderOptions:
     parts: int = 1
     workers: int = 0  # processes that read; 0 = a thread of this one
     prefetch: int = 2  # batches made ahead; 0 = none, in the caller's thread
+    stalled_seconds: float = 0.0  # without a batch, after which reading is taken for hung (with prefetch); 0 = never
 
     def __post_init__(self) -> None:
         for name in ("image_share", "prefix_share", "caption_dropout"):
@@ -87,6 +84,7 @@ class LoaderOptions:
             ("plan_steps", 1),
             ("quadratic", 0),
             ("workers", 0),
+            ("stalled_seconds", 0),
         ):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be >= {least}, not {getattr(self, name)}")
@@ -208,8 +206,9 @@ def random_stream(seed: int, number: int, purpose: int = 0) -> np.random.Generat
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def stream(elements: Elements, start: int) -> Generator[Element, None, None]:
-    """The elements from number `start` on, in an order that does not depend on the number of workers."""
+def stream(elements: Elements, start: int, workers: Workers | None = None) -> Generator[Element, None, None]:
+    """The elements from number `start` on, in an order that does not depend on the number of workers. `workers` gets to
+    know the processes that read."""
     options = elements.options
     if start >= len(elements):
         return
@@ -228,44 +227,18 @@ def stream(elements: Elements, start: int) -> Generator[Element, None, None]:
     chunks = grain.MapDataset.source(elements).slice(slice(start, None)).batch(_CHUNK, batch_fn=pickle.dumps)
     read = chunks.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(
         grain.MultiprocessingOptions(num_workers=options.workers, per_worker_buffer_size=2),
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
     )
-    # JAX reads this when it is imported, in the new process before any function of ours runs there.
-    with _environment(JAX_PLATFORMS="cpu"):
+    # JAX reads this when it is imported, in the new process before any function of ours runs there; and so long no
+    # signal may end it either.
+    with environment(JAX_PLATFORMS="cpu"), signals_blocked():
         chunk_iterator = iter(read)
         chunk = next(chunk_iterator, None)
+    if workers:
+        workers.started()
     try:
         while chunk is not None:
             yield from pickle.loads(chunk)
             chunk = next(chunk_iterator, None)
     finally:
         chunk_iterator.close()
-
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _start_worker(index: int, count: int) -> None:
-    """In a new worker: leave signals to the parent, which saves its state first, and do not outlive it."""
-    del index, count
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)  # a parent killed with SIGKILL tells nobody
-
-    threading.Thread(target=watch, name="watch-parent", daemon=True).start()

@@ -46,6 +46,7 @@ def autoencoder_stage(context: Context) -> Stage:
         context.optimizer,
         config.reconstruction,
         clip_norm=config.optimizer.clip_norm,
+        spike_sigmas=config.optimizer.spike_sigmas,
         ema_decay=config.train.ema,
         dtype=context.dtype,
     )

@@ -99,6 +99,7 @@ def make_autoencoder_step(
     weights: AutoencoderLossConfig,
     *,
     clip_norm: float = 1.0,
+    spike_sigmas: float = 0.0,
     ema_decay: float = 0.999,
     dtype: jnp.dtype | type = jnp.float32,
 ) -> Step:
@@ -120,7 +121,9 @@ def make_autoencoder_step(
             state.params, video.astype(dtype), state.step_key()
         )
         before = state
-        state, metrics = apply_gradients(state, grads, loss, optimizer, clip_norm=clip_norm, ema_decay=ema_decay)
+        state, metrics = apply_gradients(
+            state, grads, loss, optimizer, clip_norm=clip_norm, spike_sigmas=spike_sigmas, ema_decay=ema_decay
+        )
         if not weights.train_encoder:  # weight decay would move it, although its gradients are 0
             state = state.replace(
                 params={MODULE: with_encoder_of(before.params[MODULE], state.params[MODULE])},

@@ -30,8 +30,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from sora_jax.errors import UserError
-from sora_jax.training.files import COMMITTED, is_url
+from sora_jax.errors import NoRoomError, UserError
+from sora_jax.training.files import COMMITTED, is_url, no_room
 
 MANIFEST = "sha256.json"
 # A process reads what its devices hold, in whole chunks of an array, and never more at once than the largest array and
@@ -80,9 +80,14 @@ class Checkpoints:
         self.folder = epath.Path(folder if is_url(folder) else os.path.abspath(folder))
         self._say = say
         self._read_only = read_only
+        self._keep = keep
         self._saving: int | None = None
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        keep, read_only = self._keep, self._read_only
         with _silent_orbax() if read_only else contextlib.nullcontext():
-            self._manager = ocp.CheckpointManager(
+            return ocp.CheckpointManager(
                 self.folder,
                 item_names=("state", "notes"),
                 item_handlers={"state": ocp.PyTreeCheckpointHandler(), "notes": ocp.JsonCheckpointHandler()},
@@ -108,14 +113,12 @@ class Checkpoints:
         self.wait()
         self._saving = step
         arrays = _by_name(state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(arrays, save_args=dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=CHUNK))),
-                notes=ocp.args.JsonSave(dict(notes)),
-            ),
-            force=True,
+        arguments = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(arrays, save_args=dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=CHUNK))),
+            notes=ocp.args.JsonSave(dict(notes)),
         )
+        with self._failures_told():
+            self._manager.save(step, args=arguments, force=True)
 
     def _write_manifest(self) -> None:
         """Runs in Orbax's background thread on the first process, after all data is written, before the commit."""
@@ -125,16 +128,32 @@ class Checkpoints:
         (folder / MANIFEST).write_text(json.dumps(_hashes(folder, sorted(_names(folder))), indent=1))
 
     def wait(self) -> None:
-        """Until nothing is being written; raises what went wrong in the background.
-
-        Orbax would go on to name a step whose commit failed as its newest.
-        """
-        try:
+        """Until nothing is being written; raises what went wrong in the background."""
+        with self._failures_told():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-        except BaseException:
-            self._manager.reload()
+
+    @contextlib.contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self._forget_failure()
+            if reason := no_room(error):
+                raise NoRoomError(
+                    f"checkpoint {self._saving} cannot be written to {self.folder}: {reason}; those before it are as "
+                    "they were. Make room and give the same command again"
+                ) from error
             raise
+
+    def _forget_failure(self) -> None:
+        """Orbax fails in several threads, names the step its newest all the same, and would raise again later."""
+        if jax.process_count() > 1:  # a new manager would wait for the other processes
+            self._manager.reload()
+            return
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        self._manager = self._open()
 
     def close(self) -> None:
         self.wait()
@@ -196,10 +215,11 @@ class Checkpoints:
             raise UserError(f"every checkpoint in {self.folder} is damaged (steps {', '.join(map(str, steps))})")
         return None, []
 
-    def restore(self, like: Any, *, part: str = "") -> Restored | None:
+    def restore(self, like: Any, *, part: str = "", since: Collection[str] = ()) -> Restored | None:
         """The newest good step as a tree like `like`, whose leaves give shape, dtype and (if any) sharding.
 
         `part` names the branch of the saved state that `like` is: `restore(params, part="ema")` reads nothing else.
+        `since` names the branches that a checkpoint of an older version may lack; they are zeros then.
         None when there is no checkpoint. Raises `UserError`, naming the array, when the saved arrays are not those of
         `like` (Orbax would cast a wrong dtype in silence).
         """
@@ -210,6 +230,9 @@ class Checkpoints:
             self._set_aside(damaged)
         wanted = _by_name(like, part)
         saved = {name: meta for name, meta in self._saved(step).items() if not part or name.startswith(part + ".")}
+        lacking = [name for name in wanted if name not in saved and name.partition(".")[0] in since]
+        added = {name: wanted[name] for name in lacking}
+        wanted = {name: leaf for name, leaf in wanted.items() if name not in added}
         _check_arrays(step, wanted, saved)
         arguments = jax.tree.map(
             lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype, strict=True), wanted
@@ -218,7 +241,8 @@ class Checkpoints:
         handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=(largest + READ_AHEAD) / 10**9)
         asked = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=bool(part))
         arrays = self._read(step, "state", handler, asked)
-        return Restored(step, _from_names(arrays, like, part), self.notes(step))
+        zeros = {name: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding) for name, leaf in added.items()}
+        return Restored(step, _from_names(arrays | zeros, like, part), self.notes(step))
 
     def _set_aside(self, damaged: Collection[int]) -> None:
         """Make way for new checkpoints of the steps that are damaged: 3 becomes 3.damaged, which nobody reads."""

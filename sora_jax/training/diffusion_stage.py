@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from flax import nnx
 from sora_jax import sharding
 from sora_jax.config import Config
 from sora_jax.data.latents import LatentSource
-from sora_jax.data.loader import make_loader
+from sora_jax.data.loader import Loader, make_loader
 from sora_jax.data.sources import Clips, FolderSource, WorldClips
 from sora_jax.errors import UserError
 from sora_jax.models.structure import parameters_of, structure_of
@@ -49,7 +50,12 @@ def diffusion_stage(context: Context) -> Stage:
         )
     tokenizer = caption_tokenizer(config)
     batches = make_loader(
-        source, tokenize=tokenizer.places, **loader_options(config), **context.part._asdict(), workers=data.workers
+        source,
+        tokenize=tokenizer.places,
+        **loader_options(config),
+        **context.part._asdict(),
+        workers=data.workers,
+        stalled_seconds=data.stalled_seconds,
     )
     make = networks(config)
     modules = DiffusionModules(**{name: structure_of(network) for name, network in make.items()})
@@ -70,6 +76,7 @@ def diffusion_stage(context: Context) -> Stage:
         context.optimizer,
         levels,
         clip_norm=config.optimizer.clip_norm,
+        spike_sigmas=config.optimizer.spike_sigmas,
         ema_decay=config.train.ema,
         dtype=context.dtype,
     )
@@ -96,7 +103,7 @@ def diffusion_stage(context: Context) -> Stage:
     return Stage(
         make_params=make_params,
         step=partial(step, kept=kept),
-        batches=_Packed(batches),
+        batches=_Packed(batches, context.say),
         data=source.manifests,
         describe=f"{rows} rows x {'up to ' * (data.packing == 'buckets')}{data.row_tokens} tokens, {data.packing}, "
         f"from {len(source)} clips",
@@ -157,12 +164,16 @@ def make_latents(context: Context) -> epath.Path:
 class _Packed:
     """A loader's dicts as `PackedRows`."""
 
-    def __init__(self, loader: Any):
-        self._loader = loader
+    def __init__(self, loader: Loader, say: Callable[[str], None]):
+        self._loader, self._say, self._bad = loader, say, 0
         self.state, self.restore, self.close = loader.state, loader.restore, loader.close
 
     def __next__(self) -> PackedRows:
-        return PackedRows(**next(self._loader))
+        rows = PackedRows(**next(self._loader))
+        if (bad := self._loader.stats.bad_records) > self._bad:
+            self._bad = bad
+            self._say(f"{bad} records of the latent cache cannot be read and are left out")
+        return rows
 
 
 def _held_out_rows(source: LatentSource, context: Context, tokenizer: Tokenizer) -> list[PackedRows]:

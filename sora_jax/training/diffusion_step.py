@@ -89,6 +89,7 @@ def make_diffusion_step(
     levels: LevelsConfig,
     *,
     clip_norm: float = 1.0,
+    spike_sigmas: float = 0.0,
     ema_decay: float = 0.999,
     dtype: jnp.dtype | type = jnp.float32,
 ) -> Step:
@@ -115,7 +116,9 @@ def make_diffusion_step(
         loss, grads = jax.value_and_grad(
             lambda params: diffusion_loss(modules, complete(kept, params), rows, drawn, noise, dtype=dtype)
         )(state.params)
-        state, metrics = apply_gradients(state, grads, loss, optimizer, clip_norm=clip_norm, ema_decay=ema_decay)
+        state, metrics = apply_gradients(
+            state, grads, loss, optimizer, clip_norm=clip_norm, spike_sigmas=spike_sigmas, ema_decay=ema_decay
+        )
         return state, {"loss": loss, **metrics}
 
     return jax.jit(step, donate_argnums=0)

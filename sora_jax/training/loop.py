@@ -14,7 +14,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from types import FrameType
 from typing import Any, NamedTuple
@@ -71,7 +71,7 @@ def train(
     else than the stages that configs can name.
 
     Raises `UserError` when the workdir holds another config, when its checkpoints do not fit, when the data is not what
-    they were trained on, and when gradients were not finite for `train.max_skipped` steps in a row.
+    they were trained on, and when gradients were not finite, or spikes, for `train.max_skipped` steps in a row.
     """
     workdir = epath.Path(workdir)
     settings = config.train
@@ -101,7 +101,7 @@ def train(
     key = jax.random.key(settings.seed)
     shapes = abstract_state(init, key, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.keep, say=say)
-    restored = checkpoints.restore(shapes)
+    restored = checkpoints.restore(shapes, since=("norms",))
     if restored is None:
         start, averages = 0, Averages()
         state = init_state(init, key, mesh)
@@ -147,12 +147,14 @@ def train(
         """The metrics of a step, as they come in from the device."""
         in_a_row = int(values.pop("skipped_in_a_row"))
         if in_a_row:
-            say(f"step {step}: gradients are not finite; skipped ({in_a_row} in a row)")
+            finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
+            what = f"a spike (norm {values['grad_norm']:.3g})" if finite else "not finite"
+            say(f"step {step}: gradients are {what}; skipped ({in_a_row} in a row)")
         if in_a_row >= settings.max_skipped:
             raise UserError(
-                f"stopped at step {step}: gradients were not finite for {in_a_row} steps in a row; the parameters are "
+                f"stopped at step {step}: gradients were {what} for {in_a_row} steps in a row; the parameters are "
                 f"those before them. Lower optimizer.learning_rate ({config.optimizer.learning_rate:g}) and go on from "
-                f"the last checkpoint with --force"
+                f"the last checkpoint with --force" + (", or raise optimizer.spike_sigmas" if finite else "")
             )
         averages.add(values)
         progress.step(step, values["loss"])
@@ -196,14 +198,15 @@ def train(
                 window.did(batch)
                 step += 1
                 last = step == settings.steps
-                if stage.validate and due(step, settings.validate_every, last):
+                # Machines are taken away half a minute after their signal: save at once then.
+                if stage.validate and due(step, settings.validate_every, last) and not stop.is_set():
                     late.flush()
                     jax.block_until_ready(metrics)  # what steps took shall not be counted as validation
                     with clock.spent_on("validation"):
                         found = jax.device_get(stage.validate(state.ema))
                     extras[step] = {f"validation_{name}": float(value) for name, value in found.items()}
                 late.push(step, metrics)
-                if stage.sample and due(step, settings.sample_every, last):
+                if stage.sample and due(step, settings.sample_every, last) and not stop.is_set():
                     late.flush()
                     with clock.spent_on("samples"):
                         write_samples(stage.sample(state.ema), config, workdir, step, writer)
@@ -217,10 +220,9 @@ def train(
             late.flush()
         finally:
             # Whatever ended the loop, the last checkpoint is finished and the metrics are on disk.
-            checkpoints.close()
-            writer.close()
-            progress.close()
-            stage.batches.close()
+            with ExitStack() as closing:  # from the last to the first, each although another failed
+                for close in (checkpoints.close, writer.close, progress.close, stage.batches.close):
+                    closing.callback(close)
 
     # --------------------------------------------------------------------------------------------------------- finish
     spent = clock.snapshot()

@@ -24,7 +24,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from sora_jax.training.files import is_url
+from sora_jax.training.files import is_url, writing
+from sora_jax.training.tensorboard import EventFile
 
 JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -37,8 +38,6 @@ class MetricsWriter:
         self._active = active
         if not active:
             return
-        from tensorboardX import SummaryWriter
-
         self._remote = epath.Path(workdir) if is_url(workdir) else None
         self._local = Path(tempfile.mkdtemp(prefix="sora_jax-metrics-")) if self._remote else Path(workdir)
         if self._remote and (self._remote / JSONL).exists():
@@ -47,28 +46,31 @@ class MetricsWriter:
         kept = _lines_up_to(self._local / JSONL, step)
         _replace(self._local / JSONL, "".join(kept))
         self._file = (self._local / JSONL).open("a")
-        self._tensorboard = SummaryWriter(str(self._local / TENSORBOARD), purge_step=step + 1 if step else None)
+        self._tensorboard = EventFile(self._local / TENSORBOARD, step + 1 if step else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line. JSON has no NaN: a value that is not finite becomes null."""
         if not self._active:
             return
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **line}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        with writing(self._local):
+            self._file.write(json.dumps({"step": step, **line}) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """`image` uint8 [H, W, 3], to TensorBoard."""
         if self._active:
-            self._tensorboard.add_image(name, image, step, dataformats="HWC")
+            with writing(self._local):
+                self._tensorboard.add_image(name, image, step)
+                self._tensorboard.flush()
 
     def upload(self) -> None:
         """Bring the files to a remote workdir; nothing to do for a local one."""
         if not self._active or self._remote is None:
             return
-        self._tensorboard.flush()
         for source in [self._local / JSONL, *(self._local / TENSORBOARD).glob("*")]:
             target = self._remote / source.relative_to(self._local)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -76,8 +78,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         if self._active:
-            self._file.close()
-            self._tensorboard.close()
+            with writing(self._local):
+                self._file.close()
+                self._tensorboard.close()
             self.upload()
 
 

@@ -43,6 +43,7 @@ class OptimizerConfig:
     final_fraction: float = 0.1
     weight_decay: float = 0.01  # times the learning rate, per step
     clip_norm: float = 1.0  # global norm of the gradients; 0 = no clipping
+    spike_sigmas: float = 6.0  # a step is skipped when log(norm) is so far above its mean (`spikes`); 0 = never
     b1: float = 0.9
     b2: float = 0.99
     eps: float = 1e-8
@@ -51,7 +52,14 @@ class OptimizerConfig:
     rms_match: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "adam_learning_rate", "weight_decay", "clip_norm", "warmup_steps"):
+        for name in (
+            "learning_rate",
+            "adam_learning_rate",
+            "weight_decay",
+            "clip_norm",
+            "spike_sigmas",
+            "warmup_steps",
+        ):
             if not getattr(self, name) >= 0:
                 raise UserError(f"optimizer.{name} must be >= 0, not {getattr(self, name)}")
         for name in ("b1", "b2", "muon_momentum"):

@@ -1,7 +1,7 @@
 """What a training run carries from step to step, and the one place where it changes.
 
 `TrainState` is a pytree. A step computes gradients any way it likes and hands them to `apply_gradients`, which clips,
-updates, averages, and leaves everything as it was when the gradients are not finite.
+updates, averages, and leaves everything as it was when the gradients are not finite or a spike.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sora_jax import sharding
+from sora_jax.training.spikes import is_spike, no_statistics, observe
 
 
 @jax.tree_util.register_dataclass
@@ -32,8 +33,9 @@ class TrainState:
     ema: Any  # exponential moving average of params, float32
     opt_state: Any
     key: Any  # the run's key; a step draws from fold_in(key, step), so resuming needs no key history
-    skipped: Any  # int32: steps whose gradients were not finite, since the start
+    skipped: Any  # int32: steps whose gradients were not finite or a spike, since the start
     skipped_in_a_row: Any  # int32: the same, since the last good step
+    norms: Any  # NormStatistics: what gradient norms have been like
 
     def replace(self, **changes: Any) -> TrainState:
         return dataclasses.replace(self, **changes)
@@ -64,7 +66,7 @@ def make_init(
         params_key, run_key = jax.random.split(key)
         params = dict(make_params(params_key))
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, params, optimizer.init(params), run_key, zero, zero)
+        return TrainState(zero, params, params, optimizer.init(params), run_key, zero, zero, no_statistics())
 
     return init
 
@@ -103,15 +105,17 @@ def apply_gradients(
     *,
     clip_norm: float,
     ema_decay: float,
+    spike_sigmas: float = 0.0,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """The state after one step with `grads` (a tree like `state.params`), and {"grad_norm", "skipped_in_a_row"}.
 
     Gradients are scaled to a global norm of at most `clip_norm` (0 = no clipping). When the loss or that norm is not
-    finite the step is skipped: parameters, average and moments stay as they are to the bit, only the counters move
-    (`optax.apply_if_finite` would take the bad step after its limit; the loop stops the run instead).
+    finite, or the norm is a spike (`spikes.is_spike`), the step is skipped: parameters, average, moments and statistics
+    stay as they are to the bit, only the counters move (`optax.apply_if_finite` would take the bad step after its
+    limit; the loop stops the run instead).
     """
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    good = jnp.isfinite(norm) & jnp.isfinite(loss) & ~is_spike(state.norms, norm, spike_sigmas)
     if clip_norm:
         scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
         grads = jax.tree.map(lambda g: g * scale, grads)
@@ -120,9 +124,9 @@ def apply_gradients(
     ema = ema_update(state.ema, params, ema_decay_at(state.step - state.skipped, ema_decay))
 
     def keep_if_bad(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
-    bad = 1 - finite.astype(jnp.int32)
+    bad = 1 - good.astype(jnp.int32)
     new_state = state.replace(
         step=state.step + 1,
         params=keep_if_bad(params, state.params),
@@ -130,5 +134,6 @@ def apply_gradients(
         opt_state=keep_if_bad(opt_state, state.opt_state),
         skipped=state.skipped + bad,
         skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+        norms=keep_if_bad(observe(state.norms, norm), state.norms),
     )
     return new_state, {"grad_norm": norm, "skipped_in_a_row": new_state.skipped_in_a_row.astype(jnp.float32)}

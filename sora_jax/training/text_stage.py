@@ -59,6 +59,7 @@ def text_stage(context: Context) -> Stage:
         modules,
         context.optimizer,
         clip_norm=config.optimizer.clip_norm,
+        spike_sigmas=config.optimizer.spike_sigmas,
         ema_decay=config.train.ema,
         dtype=context.dtype,
     )

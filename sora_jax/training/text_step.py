@@ -89,6 +89,7 @@ def make_text_step(
     optimizer: optax.GradientTransformation,
     *,
     clip_norm: float = 1.0,
+    spike_sigmas: float = 0.0,
     ema_decay: float = 0.999,
     dtype: jnp.dtype | type = jnp.float32,
 ) -> Callable[[TrainState, Captions], tuple[TrainState, dict[str, Float[Array, ""]]]]:
@@ -98,7 +99,9 @@ def make_text_step(
         (loss, shares), grads = jax.value_and_grad(
             lambda params: reading_loss(modules, params, captions, dtype), has_aux=True
         )(state.params)
-        state, metrics = apply_gradients(state, grads, loss, optimizer, clip_norm=clip_norm, ema_decay=ema_decay)
+        state, metrics = apply_gradients(
+            state, grads, loss, optimizer, clip_norm=clip_norm, spike_sigmas=spike_sigmas, ema_decay=ema_decay
+        )
         return state, {"loss": loss, **shares, **metrics}
 
     return jax.jit(step, donate_argnums=0)

@@ -19,7 +19,7 @@ import pytest
 import tiny_run
 from etils import epath
 from object_store import BUCKET, ObjectStore, running_store
-from test_checkpoint import INIT, KEY, bits, same_bits, state_at
+from saved_states import INIT, KEY, bits, same_bits, state_at
 from test_pod_checkpoints import run
 
 from sora_jax.cli import main
