@@ -95,6 +95,7 @@ class TrainConfig:
     checkpoint_every: int = 1000
     keep: int = 3  # newest checkpoints to keep
     max_skipped: int = 8  # steps in a row with gradients that are not finite, before the run stops
+    wandb: str = ""  # project at Weights & Biases that the metrics go to as well; "" = none
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
@@ -163,6 +164,7 @@ FREE_ON_RESUME = (
     "train.checkpoint_every",
     "train.keep",
     "train.max_skipped",
+    "train.wandb",
     "train.mesh.",
     "sample.",
 )

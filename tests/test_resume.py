@@ -56,7 +56,8 @@ def fingerprint(workdir: Path) -> tuple[int, str]:
 
 def comparable(workdir: Path) -> list[tuple]:
     """What of each line does not depend on the clock."""
-    timed = ("steps_per_second", "tokens_per_second", "tflops", "data_wait", "mfu")
+    timed = ("steps_per_second", "seconds_per_step", "tokens_per_second", "tflops", "data_wait", "mfu", "goodput")
+    timed += ("host_gib", "device_gib", "device_peak_gib")
     return [tuple(sorted((k, v) for k, v in line.items() if k not in timed)) for line in lines(workdir)]
 
 

@@ -104,7 +104,9 @@ def apply_gradients(
     clip_norm: float,
     ema_decay: float,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """The state after one step with `grads` (a tree like `state.params`), and {"grad_norm", "skipped_in_a_row"}.
+    """The state after one step with `grads` (a tree like `state.params`), and {"grad_norm", "update_norm",
+    "update_ratio", "skipped_in_a_row"}: the norm of what was added to the parameters, and its ratio to theirs (NaN for
+    a step that is skipped).
 
     Gradients are scaled to a global norm of at most `clip_norm` (0 = no clipping). When the loss or that norm is not
     finite the step is skipped: parameters, average and moments stay as they are to the bit, only the counters move
@@ -131,4 +133,10 @@ def apply_gradients(
         skipped=state.skipped + bad,
         skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
     )
-    return new_state, {"grad_norm": norm, "skipped_in_a_row": new_state.skipped_in_a_row.astype(jnp.float32)}
+    update_norm = jnp.where(finite, optax.tree.norm(updates), jnp.nan)
+    return new_state, {
+        "grad_norm": norm,
+        "update_norm": update_norm,
+        "update_ratio": update_norm / jnp.maximum(optax.tree.norm(state.params), 1e-12),
+        "skipped_in_a_row": new_state.skipped_in_a_row.astype(jnp.float32),
+    }
