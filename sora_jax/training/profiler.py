@@ -12,6 +12,7 @@ import jax
 from etils import epath
 
 from sora_jax.errors import UserError
+from sora_jax.training.files import is_url
 
 
 class StepRange(NamedTuple):
@@ -60,7 +61,7 @@ class Profiler:
             self._steps = None
             return
         self._settle()
-        remote = "://" in str(self._folder)
+        remote = is_url(self._folder)
         self._into = Path(tempfile.mkdtemp(prefix="sora_jax-profile-")) if remote else Path(self._folder)
         jax.profiler.start_trace(str(self._into))
 

@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from sora_jax.errors import UserError
-from sora_jax.training.files import write_text
+from sora_jax.training.files import is_url, write_text
 
 ID = "wandb.id"
 
@@ -35,7 +35,7 @@ class WandbRun:
                 id=path.read_text().strip(),
                 resume="allow",
                 config=dict(config),
-                dir=None if "://" in os.fspath(workdir) else os.fspath(workdir),
+                dir=None if is_url(workdir) else os.fspath(workdir),
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.Error as error:
