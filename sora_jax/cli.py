@@ -16,6 +16,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from sora_jax import __version__, commands
@@ -143,15 +144,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from sora_jax.supervise import supervise
 
                 return supervise(argv, args.workdir, args.supervise, _say)
-            _announce(args)
+            starts_jax = getattr(args.command, "STARTS_JAX", True)
+            if starts_jax:
+                _announce(args)
             if getattr(args, "json", False):
                 with contextlib.redirect_stdout(sys.stderr):
                     document = args.command.run(args)
-                if _is_chief():
+                if document is not None and (not starts_jax or _is_chief()):
                     print(json.dumps(document))
             else:
-                args.command.run(args)
-        return 0
+                document = args.command.run(args)
+            return args.command.exit_code(document) if hasattr(args.command, "exit_code") else 0
     except SystemExit as stop:
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -224,7 +227,7 @@ def _messages_on_stderr() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        _say(f"warning: {_one_line(message)}")
+        _say(f"warning: {_one_line(message)}{_mend_cache(message)}")
 
     logger = logging.getLogger("sora_jax")
     handler = logging.StreamHandler(sys.stderr)
@@ -239,6 +242,19 @@ def _messages_on_stderr() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def _mend_cache(message: object) -> str:
+    """What was done about a compiled program that JAX could not read."""
+    from sora_jax.compile_cache import UNREADABLE, remove_unreadable
+
+    if not str(message).startswith(UNREADABLE):
+        return ""
+    import jax
+
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    removed = remove_unreadable(Path(folder)) if folder else []
+    return f"; {len(removed)} removed from {folder}; compiling anew" if removed else "; compiling anew"
 
 
 def _say(message: str, separator: str = ": ") -> None:

@@ -96,6 +96,7 @@ class TrainConfig:
     checkpoint_every: int = 1000
     keep: int = 3  # newest checkpoints to keep
     max_skipped: int = 8  # steps in a row with gradients that are not finite or a spike, before the run stops
+    wandb: str = ""  # project at Weights & Biases that the metrics go to as well; "" = none
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
@@ -164,6 +165,7 @@ FREE_ON_RESUME = (
     "train.checkpoint_every",
     "train.keep",
     "train.max_skipped",
+    "train.wandb",
     "train.mesh.",
     "optimizer.spike_sigmas",
     "data.workers",

@@ -111,8 +111,7 @@ def enable_compile_cache() -> str:
     chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR") or jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if chosen:
         return chosen
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "sora_jax" / f"compiled-{_cpu_fingerprint()}"
+    folder = compile_cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -121,6 +120,14 @@ def enable_compile_cache() -> str:
     # A first video compiles many small programs; together they cost more than the few large ones.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return str(folder)
+
+
+def compile_cache_folder() -> Path:
+    """Where compiled programs are kept by the command line; nothing is started or made."""
+    if chosen := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "sora_jax" / f"compiled-{_cpu_fingerprint()}"
 
 
 # Parameters of glibc's mallopt (malloc.h).

@@ -16,6 +16,7 @@ from sora_jax.config import Config, load_config, override
 from sora_jax.models import layers
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.loop import Summary, train
+from sora_jax.training.profiler import StepRange
 from sora_jax.training.stage import Context, Stage
 from sora_jax.training.state import TrainState, apply_gradients
 
@@ -119,9 +120,15 @@ class Run:
         self.workdir = workdir
         self.said: list[str] = []
 
-    def __call__(self, *overrides: str, batches: Counting | None = None, force: bool = False) -> Summary:
-        make = stage_of(batches or Counting())
-        return train(config_of(*overrides), self.workdir, force=force, say=self.said.append, make_stage=make)
+    def __call__(
+        self,
+        *overrides: str,
+        batches: Counting | None = None,
+        force: bool = False,
+        profile: StepRange | None = None,
+    ) -> Summary:
+        make, config = stage_of(batches or Counting()), config_of(*overrides)
+        return train(config, self.workdir, force=force, profile=profile, say=self.said.append, make_stage=make)
 
     @property
     def lines(self) -> list[dict[str, Any]]:

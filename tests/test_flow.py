@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,3 +141,27 @@ def test_bad_settings_are_refused():
     for low, high in ((0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (0.9, 0.1)):
         with pytest.raises(UserError, match="0 <= low < high <= 1"):
             LevelsConfig(low=low, high=high)
+
+
+def test_loss_of_each_band_of_levels_is_the_mean_over_its_tokens():
+    rng = np.random.default_rng(3)
+    error, sigma = rng.uniform(size=(3, 50)).astype(np.float32), rng.uniform(0.0, 0.8, (3, 50)).astype(np.float32)
+    sigma[0, :3] = [0.0, 0.5, 0.25]  # on the edges: a band begins with its own
+    counted = rng.random((3, 50)) < 0.7
+    edges = [0.0, 0.25, 0.5, 0.8, 0.9, 1.0]  # and nothing above 0.8
+    means, tokens = flow.loss_by_level(jnp.asarray(error), jnp.asarray(counted), jnp.asarray(sigma), edges)
+    for k, (low, high) in enumerate(itertools.pairwise(edges)):
+        inside = counted & (sigma >= low) & (sigma < high)
+        assert tokens[k] == inside.sum()
+        np.testing.assert_allclose(means[k], error[inside].mean() if inside.any() else np.nan, rtol=1e-6)
+    assert np.isnan(means[3:]).all()
+    whole = flow.mean_of_counted(jnp.asarray(error), jnp.asarray(counted))
+    np.testing.assert_allclose(np.nansum(means * tokens) / tokens.sum(), whole, rtol=1e-6)
+
+
+def test_a_token_that_is_not_counted_spoils_no_band():
+    error = jnp.asarray([[1.0, jnp.inf, jnp.nan]])
+    means, _ = flow.loss_by_level(
+        error, jnp.asarray([[True, False, False]]), jnp.asarray([[0.2, 0.2, 0.7]]), [0, 0.5, 1]
+    )
+    assert means[0] == 1

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "sora_jax"
 # A room may import rooms of lower layers and itself; rooms of one layer do not see each other.
 LAYERS = [
     {"errors", "pytrees"},
-    {"shapes", "record", "runtime", "vocabulary"},
+    {"shapes", "record", "runtime", "vocabulary", "compile_cache"},
     {"sharding", "media", "cluster"},
     {"tokens", "diffusion"},
     {"models"},
@@ -28,6 +28,7 @@ LAYERS = [
     {"pipeline"},
     {"evaluation"},
     {"bench"},
+    {"doctor"},
     {"commands", "supervise"},
     {"cli"},
     {"__main__"},
@@ -145,13 +146,13 @@ def third_party(paths: list[Path]) -> set[str]:
 
 
 def test_dependencies_are_what_is_imported():
-    """Those of the extra `weights` are imported where they are needed, and a user without them is told so."""
+    """Those of the extras `weights` and `wandb` are imported where they are needed, and a user without is told so."""
     reference = PACKAGE / "bench" / "reference.py"  # what others do, timed where it is installed
     ours = [path for path in FILES if path != reference]
-    assert third_party([*ours, *(PACKAGE.parent / "configs").glob("*.py")]) == declared("weights")
+    assert third_party([*ours, *(PACKAGE.parent / "configs").glob("*.py")]) == declared("weights", "wandb")
     assert third_party([reference]) <= declared("parity")
     eager = {name.split(".")[0] for path in FILES for name, _, on_import in imports(path) if on_import}
-    late = {name.replace("-", "_") for name in declared("weights", "parity") - declared() - {"sora-jax"}}
+    late = {name.replace("-", "_") for name in declared("weights", "wandb", "parity") - declared() - {"sora-jax"}}
     assert not eager & late
 
 

@@ -202,6 +202,18 @@ def test_clipping_scales_to_the_norm():
         np.testing.assert_allclose(state.params["b"], [-4.0 * scale], rtol=1e-6)
 
 
+def test_the_update_is_measured_against_the_parameters():
+    """Plain gradient descent: an update is the rate times the clipped gradient."""
+    params = {"a": jnp.array([6.0, 0.0]), "b": jnp.array([8.0])}  # norm 10
+    grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}  # norm 5
+    optimizer = optax.sgd(0.5)
+    _, metrics = apply_gradients(
+        state_of(params, optimizer), grads, jnp.float32(1), optimizer, clip_norm=1.0, ema_decay=0.0
+    )
+    assert float(metrics["update_norm"]) == pytest.approx(0.5, rel=1e-6)
+    assert float(metrics["update_ratio"]) == pytest.approx(0.05, rel=1e-6)
+
+
 @pytest.mark.parametrize("bad", ["nan gradient", "inf gradient", "nan loss"])
 def test_a_bad_step_changes_nothing_but_the_counters(bad: str):
     optimizer = optax.adam(0.1)
@@ -218,6 +230,8 @@ def test_a_bad_step_changes_nothing_but_the_counters(bad: str):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
     assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (2, 1, 1)
     assert float(metrics["skipped_in_a_row"]) == 1.0
+    assert np.isnan(metrics["update_norm"])
+    assert np.isnan(metrics["update_ratio"])
     # and a good one ends the row, but not the count
     after, _ = apply_gradients(after, good, jnp.float32(1), optimizer, clip_norm=1.0, ema_decay=0.9)
     assert (int(after.skipped), int(after.skipped_in_a_row)) == (1, 0)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,8 +26,9 @@ from sora_jax.models import layers
 from sora_jax.training import loop
 from sora_jax.training.diffusion_stage import diffusion_flops
 from sora_jax.training.loop import train
-from sora_jax.training.metrics import Averages, LateMetrics, MetricsWriter, peak_flops
+from sora_jax.training.metrics import WEIGHT, Averages, LateMetrics, MetricsWriter, peak_flops
 from sora_jax.training.pretrained import find_pretrained
+from sora_jax.training.profiler import StepRange, parse_profile
 from sora_jax.training.stage import Context, Stage
 from sora_jax.training.tensorboard import EventFile
 
@@ -66,6 +68,8 @@ def test_a_run_leaves_its_files(run: Run):
     for name in ("grad_norm", "learning_rate", "steps_per_second", "tokens_per_second", "data_wait", "tflops"):
         assert all(line[name] >= 0 for line in run.lines)
     assert [line["programs"] for line in run.lines] == [1] * 6, "the step was compiled once"
+    for name in ("update_norm", "update_ratio", "seconds_per_step", "host_gib", "goodput"):
+        assert all(line[name] > 0 for line in run.lines[1:]), name  # the first batch is all zeros
     assert run.steps == [4, 6]
     samples = sorted(path.name for path in (run.workdir / "samples").iterdir())
     assert samples == ["0000003.mp4", "0000006.mp4"]
@@ -180,7 +184,102 @@ def test_a_signal_ends_the_run_with_a_checkpoint(run: Run, tmp_path: Path, numbe
     assert run.losses == whole.losses
 
 
+# ------------------------------------------------------------------------------------------------------------- profile
+
+
+def test_a_profile_leaves_a_trace_and_changes_no_loss(run: Run, tmp_path: Path):
+    run()
+    traced = Run(tmp_path / "traced")
+    traced(profile=StepRange(3, 4))
+    assert traced.losses == run.losses
+    traces = list((traced.workdir / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1
+    assert traces[0].stat().st_size > 1000
+    assert not (run.workdir / "profile").exists()
+    heads = [line.split(" ")[0:2] for line in traced.said]
+    assert [head[0] for head in heads].count("traced:") == 1
+    assert heads.index(["step", "2/6"]) < [head[0] for head in heads].index("traced:") < heads.index(["step", "6/6"])
+
+
+def test_a_run_that_goes_on_after_its_profile_says_so(run: Run):
+    run("train.steps=3")
+    run(profile=StepRange(2, 3))
+    assert "step 2 is past: nothing is traced" in run.said
+    assert not (run.workdir / "profile").exists()
+
+
+def test_a_run_that_ends_within_its_profile_still_writes_it(run: Run):
+    run(batches=Counting(at={3: lambda: os.kill(os.getpid(), signal.SIGTERM)}), profile=StepRange(3, 6))
+    assert len(list((run.workdir / "profile").rglob("*.xplane.pb"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("10", 'takes START:STEPS, say 10:5 for the steps 10 to 14, not "10"'),
+        ("a:b", "takes START:STEPS"),
+        ("-3:2", "takes START:STEPS"),
+        ("0:2", "steps are counted from 1"),
+        ("3:0", "there must be at least one"),
+        ("95:10", "ends with step 104, and the run with step 100; nearest: 91:10"),
+        ("3:200", "nearest: 1:100"),
+    ],
+)
+def test_ranges_that_cannot_be_profiled_are_refused(text: str, words: str):
+    with pytest.raises(UserError, match=words):
+        parse_profile(text, 100)
+    assert parse_profile("96:5", 100) == StepRange(96, 100)
+
+
 # ------------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_means_over_steps_weigh_each_step_by_its_tokens():
+    """A band of levels with one token in a step and three in another: the mean over four tokens."""
+    averages = Averages()
+    averages.add({"loss_0.05": 8.0, f"loss_0.05{WEIGHT}": 1.0, "loss_0.15": float("nan"), f"loss_0.15{WEIGHT}": 0.0})
+    averages = Averages(json.loads(json.dumps(averages.state())))
+    averages.add({"loss_0.05": 4.0, f"loss_0.05{WEIGHT}": 3.0, "loss_0.15": float("nan"), f"loss_0.15{WEIGHT}": 0.0})
+    means = averages.means()
+    assert means["loss_0.05"] == 5.0
+    assert np.isnan(means["loss_0.15"])
+    assert set(means) == {"loss_0.05", "loss_0.15"}
+
+
+def test_devices_are_idle_when_they_have_done_all_they_were_given():
+    late = LateMetrics(lambda step, values: None, delay=2)
+    assert late.idle()
+    late.push(1, {"loss": jax.block_until_ready(jnp.float32(1))})
+    assert late.idle()
+
+    @jax.jit
+    def slow(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 300, lambda _, x: jnp.sin(x @ x), x).sum()
+
+    late.push(2, {"loss": slow(jnp.ones((400, 400)))})
+    assert not late.idle()
+    late.flush()
+    assert late.idle()
+
+
+def test_a_run_reports_to_wandb_offline(run: Run, monkeypatch: pytest.MonkeyPatch):
+    """One run there, though it is two here."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run("train.steps=3", "train.wandb=sora", "train.checkpoint_every=3")
+    run("train.steps=6", "train.wandb=sora")
+    folders = list((run.workdir / "wandb").glob("offline-run-*"))
+    name = (run.workdir / "wandb.id").read_text()
+    assert folders
+    assert all(folder.name.endswith(name) for folder in folders)
+    assert sum(path.stat().st_size for folder in folders for path in folder.glob("*.wandb")) > 1000
+
+
+def test_a_project_without_the_package_is_refused_before_anything_is_made(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # how Python marks a package that cannot be imported
+    with pytest.raises(UserError, match=r"pip install 'sora-jax\[wandb\]'"):
+        run("train.wandb=sora")
+    assert not run.workdir.exists()
 
 
 def test_late_metrics_keep_their_order_and_their_steps():

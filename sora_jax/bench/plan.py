@@ -154,11 +154,11 @@ def plan_training(config: Config, target: Target, mesh_sizes: Mapping[str, int])
     dtype = _dtype(target)
     program = training_program(config, mesh, dtype)
     parts = {
-        "weights": _bytes_per_device(program.state.params),
-        "optimizer": _bytes_per_device(program.state.opt_state),
-        "average": _bytes_per_device(program.state.ema),
-        "kept modules": _bytes_per_device(program.kept),
-        "batch": _bytes_per_device(program.rows),
+        "weights": bytes_per_device(program.state.params),
+        "optimizer": bytes_per_device(program.state.opt_state),
+        "average": bytes_per_device(program.state.ema),
+        "kept modules": bytes_per_device(program.kept),
+        "batch": bytes_per_device(program.rows),
     }
     flops = training_flops(config, program, _platform(target))
     return _finish(
@@ -170,7 +170,7 @@ def plan_training(config: Config, target: Target, mesh_sizes: Mapping[str, int])
         flops,
         parts,
         compile_=program.compile if target.devices else None,
-        reckoned=_training_temporaries(config, program, rows // shards, dtype),
+        reckoned=training_temporaries(config, program, rows // shards, dtype),
     )
 
 
@@ -296,7 +296,7 @@ def _dtype(target: Target) -> jnp.dtype:
     return compute_dtype("auto" if target.name == "local" else "bfloat16")
 
 
-def _bytes_per_device(tree: Any) -> int:
+def bytes_per_device(tree: Any) -> int:
     """Of arrays or shapes with shardings: what one device holds of them."""
     total = 0
     for leaf in jax.tree.leaves(tree):
@@ -308,7 +308,7 @@ def _bytes_per_device(tree: Any) -> int:
 
 
 def _weights(config: Config, module: str, mesh: Mesh, dtype: jnp.dtype) -> int:
-    return _bytes_per_device(placed_shapes(shapes_of(networks(config)[module]), mesh, dtype))
+    return bytes_per_device(placed_shapes(shapes_of(networks(config)[module]), mesh, dtype))
 
 
 def _parameters(config: Config) -> int:
@@ -322,13 +322,13 @@ def _layer_activations(config: Config, tokens: int, dtype: jnp.dtype) -> int:
     return tokens * (10 * t.dim + 2 * t.ffn_dim) * dtype.itemsize
 
 
-def _training_temporaries(config: Config, program: TrainingProgram, rows: int, dtype: jnp.dtype) -> int:
+def training_temporaries(config: Config, program: TrainingProgram, rows: int, dtype: jnp.dtype) -> int:
     """Reckoned: gradients as large as what learns, a layer at work, and what remat lets the layers keep."""
     t, tokens = config.transformer, config.data.row_tokens
     working = 3 * rows * _layer_activations(config, tokens, dtype)
     kept = {"full": tokens * t.dim * dtype.itemsize, "dots": tokens * (6 * t.dim + t.ffn_dim) * dtype.itemsize}
     of_layer = kept.get(t.remat, _layer_activations(config, tokens, dtype))
-    return _bytes_per_device(program.state.params) + working + rows * t.n_layers * of_layer
+    return bytes_per_device(program.state.params) + working + rows * t.n_layers * of_layer
 
 
 # --- what the compiler says ----------------------------------------------------------------------------------------

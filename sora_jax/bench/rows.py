@@ -76,24 +76,31 @@ def world_train_step(model: str) -> float:
     return median_seconds(step)
 
 
+def noise_cache(folder: Path, clips: int) -> None:
+    """A latent cache of the world's form, of noise."""
+    from sora_jax.data.latents import CacheInfo, LatentRecord, LatentWriter
+
+    rng = np.random.default_rng(0)
+    info = CacheInfo("noise", "0", (4, 16, 16), 32, {"bench": clips})
+    writer = LatentWriter(folder, info, clips=clips)
+    for shard in writer.missing():
+        with writer.shard(shard) as out:
+            for index in range(shard.start, shard.stop):
+                latents = rng.standard_normal((5, 4, 4, 32), np.float32).astype(np.float16)
+                out.add(LatentRecord(latents, (PROMPT,), (PROMPT,), 8.0, f"noise/{index}", (17, 64, 64)))
+
+
 def loader_clip(model: str) -> float:
     """One clip through the packed loader on one core: planned from its header, read from a latent cache, filled in."""
     from sora_jax.config import load_config
-    from sora_jax.data.latents import CacheInfo, LatentRecord, LatentSource, LatentWriter
+    from sora_jax.data.latents import LatentSource
     from sora_jax.data.loader import make_loader
     from sora_jax.models.tokenizer import ByteTokenizer
 
     del model  # latents are noise here
-    data, clips = load_config("world").data, 512
-    rng = np.random.default_rng(0)
+    data = load_config("world").data
     with tempfile.TemporaryDirectory() as folder:
-        info = CacheInfo("noise", "0", (4, 16, 16), 32, {"bench": clips})
-        writer = LatentWriter(Path(folder) / "latents", info, clips=clips)
-        for shard in writer.missing():
-            with writer.shard(shard) as out:
-                for index in range(shard.start, shard.stop):
-                    latents = rng.standard_normal((5, 4, 4, 32), np.float32).astype(np.float16)
-                    out.add(LatentRecord(latents, (PROMPT,), (PROMPT,), 8.0, f"noise/{index}", (17, 64, 64)))
+        noise_cache(Path(folder) / "latents", clips=512)
         loader = make_loader(
             LatentSource(Path(folder) / "latents"),
             tokenize=ByteTokenizer().encode,

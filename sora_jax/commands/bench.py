@@ -28,6 +28,7 @@ ROWS = {
     "first-video-warm": "the whole sample command, with the compile cache that a first one left",
     "world-sampler-step": "a guided solver step of one video",
     "world-train-step": "a train step of the config world, a full batch of rows",
+    "train-loop": "a step of a run of the config world with all that a run does; reference: that step alone",
     "autoencoder-decode": "17 frames of 64x64 from their latents",
     "loader": "a clip through the packed loader: planned, read from the latent cache, put into its row; one core",
     "world-render": "a clip of the world, 17 frames of 64x64 and its captions, one core",
@@ -41,6 +42,7 @@ ROWS = {
 NAMED_ONLY = ("wan-load",)
 # Those that the reference is timed at, too, where it is installed (extra parity).
 REFERENCED = ("wan-transformer-forward", "wan-train-step", "wan-encode", "wan-decode", "umt5")
+BARE = {"train-loop": ("sora_jax.bench.train_loop", "bare-loop")}  # rows whose reference is a row of ours
 ROUNDS = 2  # of ours and the reference's in turn
 RATES = {"loader": "clips/s", "world-render": "clips/s", "world-train-step": "steps/s"}
 ONE_CORE = ("loader", "world-render")
@@ -70,11 +72,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     find_model(args.model)  # says at once that there is none
     rows = []
     for name in args.row or (name for name in ROWS if name not in NAMED_ONLY):
-        if name in REFERENCED and (reference := reference_name()):
+        # A row has a reference where something else that does the same work is timed beside it.
+        reference = BARE[name][1] if name in BARE else reference_name() if name in REFERENCED else None
+        if reference:
             (seconds, peak), theirs = alternate(name, args.model)
         else:
-            (seconds, peak), reference, theirs = measure(name, args.model), None, None
-        # A row has a reference where another implementation of the same work was timed beside it.
+            (seconds, peak), theirs = measure(name, args.model), None
         rows.append(
             {
                 "name": name,
@@ -109,7 +112,8 @@ def alternate(name: str, model: str) -> tuple[Cost, float]:
     ours, theirs = [], []
     for _ in range(ROUNDS):
         ours.append(measure(name, model))
-        out, _ = _child([sys.executable, "-c", CHILD, "sora_jax.bench.reference", name, model])
+        module, row = BARE.get(name, ("sora_jax.bench.reference", name))
+        out, _ = _child([sys.executable, "-c", CHILD, module, row, model])
         theirs.append(float(out.split()[-1]))
     seconds = statistics.median(cost.seconds for cost in ours)
     return Cost(seconds, max(cost.peak_bytes for cost in ours)), statistics.median(theirs)
@@ -124,7 +128,9 @@ class Cost(NamedTuple):
 
 def measure(name: str, model: str) -> Cost:
     if not name.startswith("first-video"):
-        module = "sora_jax.bench." + ("wan_rows" if name in (*REFERENCED, *NAMED_ONLY) else "rows")
+        module = BARE[name][0] if name in BARE else "sora_jax.bench.rows"
+        if name in (*REFERENCED, *NAMED_ONLY):
+            module = "sora_jax.bench.wan_rows"
         one_core = ["one core"] if name in ONE_CORE else []
         out, cost = _child([sys.executable, "-c", CHILD, module, name, model, *one_core])
         return Cost(float(out.split()[-1]), cost.peak_bytes)

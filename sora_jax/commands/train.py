@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 HELP = "train a model, or go on with a run that was stopped"
@@ -11,7 +12,9 @@ CLUSTER = True
 EXAMPLES = """
     sora-jax train --config world --workdir runs/world
     sora-jax train --config world --workdir runs/world --config.train.steps=20000
+    sora-jax train --config world --workdir runs/world --dry-run
     sora-jax train --config world --workdir runs/world --supervise 10
+    sora-jax train --config world --workdir runs/world --profile 20:5
     sora-jax train --config my_config.py --workdir gs://bucket/run --config.train.mesh.fsdp=4
 """
 
@@ -25,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force", action="store_true", help="go on although the workdir was made by another config or data"
     )
+    parser.add_argument(
+        "--profile",
+        metavar="START:STEPS",
+        help="trace so many steps from that one on (counted from 1) into DIR/profile, for xprof",
+    )
     parser.add_argument("--json", action="store_true", help="print how it ended as one JSON document on stdout")
     parser.add_argument(
         "--supervise",
@@ -33,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="start the run again when it dies, up to N times in a row without a new checkpoint in between",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check the config and print it as JSON, with every value; train nothing"
+        "--dry-run",
+        action="store_true",
+        help="print the config with every value, the mesh, parameters, memory and the first batch's shapes; "
+        "train and write nothing",
     )
 
 
@@ -43,10 +54,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     overrides = [*args.overrides, *([] if args.steps is None else [f"train.steps={args.steps}"])]
     config = configs.load_config(args.config, overrides)
     if args.dry_run:
-        if not args.json:
-            print(configs.to_json(config), end="")
-        return configs.to_dict(config)
-    from sora_jax.training.loop import train
+        import jax
 
-    summary = train(config, args.workdir, force=args.force)
+        from sora_jax.bench.dry_run import dry_run, table
+
+        found = dry_run(config, args.workdir, force=args.force)
+        if not args.json and jax.process_index() == 0:
+            print(table(args.config, found))
+        return dataclasses.asdict(found)
+    from sora_jax.training.loop import train
+    from sora_jax.training.profiler import parse_profile
+
+    profile = parse_profile(args.profile, config.train.steps) if args.profile is not None else None
+    summary = train(config, args.workdir, force=args.force, profile=profile)
     return summary._asdict()

@@ -13,6 +13,7 @@ Levels come as a table with one column per group, `[B, G]`, and an index `level_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -61,6 +62,26 @@ def flow_loss(
     predicted: Float[Array, "B N P"], target: Float[Array, "B N P"], counted: Bool[Array, "B N"]
 ) -> Float[Array, ""]:
     """Mean squared error per counted token; given tokens and padding are not counted. 0 when nothing is."""
-    error = jnp.mean(jnp.square(predicted.astype(jnp.float32) - target), axis=-1)
+    return mean_of_counted(token_errors(predicted, target), counted)
+
+
+def token_errors(predicted: Float[Array, "B N P"], target: Float[Array, "B N P"]) -> Float[Array, "B N"]:
+    """The squared error of each token, the mean over its values."""
+    return jnp.mean(jnp.square(predicted.astype(jnp.float32) - target), axis=-1)
+
+
+def mean_of_counted(error: Float[Array, "B N"], counted: Bool[Array, "B N"]) -> Float[Array, ""]:
     weight = counted.astype(jnp.float32)
     return jnp.sum(error * weight) / jnp.maximum(jnp.sum(weight), 1.0)
+
+
+def loss_by_level(
+    error: Float[Array, "B N"], counted: Bool[Array, "B N"], sigma: Float[Array, "B N"], edges: Sequence[float]
+) -> tuple[Float[Array, " bands"], Float[Array, " bands"]]:
+    """The mean error of the counted tokens whose level lies in each band, NaN where there is none, and how many there
+    are. Band k is [edges[k], edges[k + 1]); what lies outside belongs to the nearest one."""
+    band = jnp.sum(sigma[..., None] >= jnp.asarray(edges[1:-1], jnp.float32), axis=-1)
+    of_band = (band[..., None] == jnp.arange(len(edges) - 1)) & counted[..., None]
+    tokens = jnp.sum(of_band, axis=(0, 1)).astype(jnp.float32)
+    total = jnp.sum(jnp.where(of_band, error[..., None], 0.0), axis=(0, 1))
+    return jnp.where(tokens > 0, total / tokens, jnp.nan), tokens

@@ -42,12 +42,7 @@ def diffusion_stage(context: Context) -> Stage:
             f"(text_encoder.d_model {text_encoder.d_model})"
         )
     folder = data.latents or make_latents(context)
-    source = LatentSource(folder, stop=-data.held_out or None)
-    if source.info.channels != transformer.in_channels:
-        raise UserError(
-            f"the latents in {folder} have {source.info.channels} channels and transformer.in_channels is "
-            f"{transformer.in_channels}"
-        )
+    source = open_latents(config, folder)
     tokenizer = caption_tokenizer(config)
     batches = make_loader(
         source,
@@ -114,6 +109,16 @@ def diffusion_stage(context: Context) -> Stage:
         sample=diffusion_sampler(context, modules, tokenizer, kept),
         kept=tuple(kept),
     )
+
+
+def open_latents(config: Config, folder: epath.PathLike) -> LatentSource:
+    """The clips of the cache in `folder` that are trained on."""
+    source, channels = LatentSource(folder, stop=-config.data.held_out or None), config.transformer.in_channels
+    if source.info.channels != channels:
+        raise UserError(
+            f"the latents in {folder} have {source.info.channels} channels and transformer.in_channels is {channels}"
+        )
+    return source
 
 
 def caption_tokenizer(config: Config) -> Tokenizer:

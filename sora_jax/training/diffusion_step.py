@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +19,27 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
-from sora_jax.diffusion.flow import flow_loss, mix, spread, velocity_target
+from sora_jax.diffusion.flow import (
+    loss_by_level,
+    mean_of_counted,
+    mix,
+    spread,
+    token_errors,
+    velocity_target,
+)
 from sora_jax.diffusion.levels import Levels, LevelsConfig, draw_levels
 from sora_jax.models.transformer import model_time
 from sora_jax.shapes import Condition
 from sora_jax.tokens.packing import PackedRows
 from sora_jax.training.adapters import complete
+from sora_jax.training.metrics import WEIGHT
 from sora_jax.training.state import TrainState, apply_gradients
 
 Step = Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]
 Validate = Callable[..., dict[str, Float[Array, ""]]]
 
 PAD = 0  # the id of an empty place, in ByT5 and UMT5 alike
-VALIDATION_LEVELS = 10  # so many, each in the middle of its share of the levels
+BANDS = 10  # equal shares of the levels that are trained: one validated in the middle of each, and a loss of each
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,27 @@ def diffusion_loss(
     dtype: jnp.dtype | type = jnp.float32,
 ) -> Float[Array, ""]:
     """Mean squared error of the velocity over the tokens that are neither padding nor given."""
+    errors = diffusion_errors(modules, params, rows, levels, noise, dtype)
+    return mean_of_counted(errors.error, errors.counted)
+
+
+class TokenErrors(NamedTuple):
+    """Of each token of packed rows."""
+
+    error: Float[Array, "B N"]  # squared, of the velocity
+    counted: Bool[Array, "B N"]  # neither padding nor given
+    sigma: Float[Array, "B N"]  # its noise level
+
+
+def diffusion_errors(
+    modules: DiffusionModules,
+    params: Mapping[str, Any],
+    rows: PackedRows,
+    levels: Levels,
+    noise: Float[Array, "B N P"],
+    dtype: jnp.dtype | type = jnp.float32,
+) -> TokenErrors:
+    """What the transformer gets wrong about `rows` mixed with `noise` at `levels`."""
     clean = rows.tokens.astype(jnp.float32)
     sigma = spread(levels.sigma, rows.level_ids)
     given = spread(levels.given.astype(jnp.float32), rows.level_ids) > 0.5
@@ -80,7 +109,17 @@ def diffusion_loss(
     text = read_text(modules, params, rows, dtype)
     transformer = nnx.merge(modules.transformer, params["transformer"])
     velocity = transformer(noisy, model_time(levels.sigma), condition_of(rows, text, given), dtype=dtype)
-    return flow_loss(velocity, velocity_target(clean, noise), ~given & (rows.segment_ids > 0))
+    error = token_errors(velocity, velocity_target(clean, noise))
+    return TokenErrors(error, ~given & (rows.segment_ids > 0), sigma)
+
+
+def level_bands(levels: LevelsConfig) -> tuple[list[float], list[float]]:
+    """The edges of `BANDS` equal shares of the levels from `levels.low` to `levels.high`, and their middles."""
+
+    def at(share: float) -> float:
+        return levels.low + (levels.high - levels.low) * share / BANDS
+
+    return [at(k) for k in range(BANDS + 1)], [at(k + 0.5) for k in range(BANDS)]
 
 
 def make_diffusion_step(
@@ -97,8 +136,10 @@ def make_diffusion_step(
     learn, by name.
 
     Randomness comes from `state.step_key()` alone, so a resumed run draws what the uninterrupted one would have drawn.
-    Metrics: `loss`, and what `apply_gradients` reports.
+    Metrics: `loss`; `loss_0.05`, ...: the mean over the tokens of each band of levels, by its middle, with how many
+    there are as its weight; and what `apply_gradients` reports.
     """
+    edges, middles = level_bands(levels)
 
     def step(
         state: TrainState, rows: PackedRows, kept: Mapping[str, Any] = MappingProxyType({})
@@ -113,13 +154,20 @@ def make_diffusion_step(
             segment_ids=rows.segment_ids,
         )
         noise = jax.random.normal(noise_key, rows.tokens.shape, jnp.float32)
-        loss, grads = jax.value_and_grad(
-            lambda params: diffusion_loss(modules, complete(kept, params), rows, drawn, noise, dtype=dtype)
-        )(state.params)
+
+        def loss_of(params: Any) -> tuple[jax.Array, TokenErrors]:
+            errors = diffusion_errors(modules, complete(kept, params), rows, drawn, noise, dtype=dtype)
+            return mean_of_counted(errors.error, errors.counted), errors
+
+        (loss, errors), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         state, metrics = apply_gradients(
             state, grads, loss, optimizer, clip_norm=clip_norm, spike_sigmas=spike_sigmas, ema_decay=ema_decay
         )
-        return state, {"loss": loss, **metrics}
+        banded: dict[str, jax.Array] = {}
+        by_level = loss_by_level(errors.error, errors.counted, errors.sigma, edges)
+        for middle, mean, tokens in zip(middles, *by_level, strict=True):
+            banded |= {f"loss_{middle:.2f}": mean, f"loss_{middle:.2f}{WEIGHT}": tokens}
+        return state, {"loss": loss, **banded, **metrics}
 
     return jax.jit(step, donate_argnums=0)
 
@@ -130,15 +178,12 @@ def make_diffusion_validation(
     key: Key[Array, ""],
     dtype: jnp.dtype | type = jnp.float32,
 ) -> Validate:
-    """`validate(params, rows, kept={}) -> {"loss": mean, "loss_0.05": ..., ...}`: the loss of text to video at ten
-    fixed levels, evenly from `levels.low` to `levels.high`.
+    """`validate(params, rows, kept={}) -> {"loss": mean, "loss_0.05": ..., ...}`: the loss of text to video at the
+    middles of `level_bands`.
 
     The noise of a level is the same at every call, and another for each level.
     """
-
-    middles = [
-        levels.low + (levels.high - levels.low) * (i + 0.5) / VALIDATION_LEVELS for i in range(VALIDATION_LEVELS)
-    ]
+    _, middles = level_bands(levels)
 
     def validate(
         params: Mapping[str, Any], rows: PackedRows, kept: Mapping[str, Any] = MappingProxyType({})

@@ -3,7 +3,7 @@
 What a stage is made of (parameters, step, batches, validation, samples) is in `stage`. Here is what a run is made of:
 a mesh, a state that is initialised or restored, a loop, and files in the workdir:
 
-    config.json  metrics.jsonl  tensorboard/  checkpoints/  samples/
+    config.json  metrics.jsonl  goodput.json  tensorboard/  checkpoints/  samples/  profile/
 
 A run that is killed at any moment and started again goes on as if it had not been: same batches, same noise, same
 losses to the bit (on the same kind of device). SIGTERM and Ctrl-C end it after the step at hand, with a checkpoint.
@@ -35,15 +35,19 @@ from sora_jax.runtime import compute_dtype
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.compilations import Compilations
 from sora_jax.training.files import write_text
-from sora_jax.training.metrics import Averages, Clock, LateMetrics, MetricsWriter, peak_flops
+from sora_jax.training.goodput import Goodput
+from sora_jax.training.metrics import GOODPUT, Averages, LateMetrics, MetricsWriter
 from sora_jax.training.notes import go_on, make_notes
 from sora_jax.training.optimizer import count_parameters, make_optimizer, make_schedule
 from sora_jax.training.pretrained import load_modules
+from sora_jax.training.profiler import Profiler, StepRange
 from sora_jax.training.progress import Progress, duration
 from sora_jax.training.samples import film_strips, grid
-from sora_jax.training.stage import Context, MakeStage, Stage, Work
+from sora_jax.training.stage import Context, MakeStage
 from sora_jax.training.stages import STAGES
 from sora_jax.training.state import abstract_state, init_state, make_init
+from sora_jax.training.wandb_run import WandbRun, import_wandb
+from sora_jax.training.watch import Clock, Window, memory
 
 Say = Callable[[str], None]
 
@@ -61,33 +65,32 @@ def train(
     workdir: epath.PathLike,
     *,
     force: bool = False,
+    profile: StepRange | None = None,
     say: Say | None = None,
     make_stage: MakeStage | None = None,
 ) -> Summary:
     """Train as `config` says, from the newest checkpoint in `workdir` where there is one.
 
     `workdir` is a path or URL. `force` goes on although the workdir was made by another config or data.
+    `profile` are steps to trace into WORKDIR/profile.
     `say` gets every line for people (default: stderr, with a progress bar on a terminal). `make_stage` builds something
     else than the stages that configs can name.
 
     Raises `UserError` when the workdir holds another config, when its checkpoints do not fit, when the data is not what
     they were trained on, and when gradients were not finite, or spikes, for `train.max_skipped` steps in a row.
     """
+    clock = Clock()
     workdir = epath.Path(workdir)
     settings = config.train
     chief = jax.process_index() == 0
     progress = Progress(settings.steps, say, silent=not chief and say is None)
     say = progress.say
     refuse_other_config(config, workdir, force)
+    if settings.wandb and chief:
+        import_wandb()  # says at once that it is missing
 
     # ------------------------------------------------------------------------------------------------ devices and mesh
-    mesh = sharding.make_mesh(asdict(settings.mesh))
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if settings.batch_size % rows:
-        raise UserError(
-            f"train.batch_size {settings.batch_size} cannot be split over data x fsdp = {rows} devices; "
-            f"nearest: {max(round(settings.batch_size / rows), 1) * rows}"
-        )
+    mesh = mesh_of(config)
     dtype = compute_dtype(settings.dtype, mesh.devices.ravel().tolist())
 
     # ------------------------------------------------------------------------------------------------- data and model
@@ -134,11 +137,12 @@ def train(
     )
     if chief:
         write_text(workdir / "config.json", configs.to_json(config))
-    writer = MetricsWriter(workdir, start, active=chief)
+    wandb = WandbRun(settings.wandb, workdir, configs.to_dict(config)) if settings.wandb and chief else None
+    writer = MetricsWriter(workdir, start, active=chief, wandb=wandb)
 
     # ------------------------------------------------------------------------------------------------------------ log
-    clock = Clock()
     window = Window(clock, stage, mesh)
+    goodput = Goodput(writer.folder and writer.folder / GOODPUT, clock, start)
     extras: dict[int, dict[str, float]] = {}  # what else belongs to a step's line
     programs = Compilations()  # of the step
     last_line: dict[str, float] = {}
@@ -157,12 +161,13 @@ def train(
                 f"the last checkpoint with --force" + (", or raise optimizer.spike_sigmas" if finite else "")
             )
         averages.add(values)
+        goodput.took(step, skipped=in_a_row > 0)
         progress.step(step, values["loss"])
         regular = due(step, settings.log_every)
         if regular or step in extras or step == settings.steps:
             line = averages.means() | {"learning_rate": float(learning_rate(step - 1))} | window.rates(step)
             line |= {"programs": programs.count, **(stage.gauges() if stage.gauges else {})}
-            line |= extras.pop(step, {})
+            line |= extras.pop(step, {}) | memory() | {"goodput": goodput.record()}
             if regular:  # lines in between do not change what the regular ones say
                 averages.clear()
             writer.write(step, line)
@@ -171,6 +176,7 @@ def train(
             last_line.update(line)
 
     late = LateMetrics(receive)
+    profiler = Profiler(workdir / "profile", profile if chief else None, late.flush, say)
 
     def save(step: int) -> None:
         if stage.describe_checkpoint:
@@ -180,14 +186,20 @@ def train(
             say(f"data at step {step}: {stage.describe_data()}")
         writer.upload()
 
+    def finish_checkpoints() -> None:
+        with clock.spent_on("checkpoint"):
+            checkpoints.close()
+
     # ----------------------------------------------------------------------------------------------------------- loop
     step = saved = start
     compiled: set[Any] = set()  # shapes of the batches seen so far; a new one is a new program
     with stop_signals(say) as stop, jax.set_mesh(mesh):
         window.begin(start)
+        goodput.begin()
         try:
             while step < settings.steps:
-                with clock.spent_on("data"):
+                profiler.before(step + 1)
+                with clock.spent_on("data", only_if=late.idle):
                     batch = place(next(stage.batches), mesh)
                 shape = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
                 if shape not in compiled:
@@ -197,6 +209,7 @@ def train(
                 compiled.add(shape)
                 window.did(batch)
                 step += 1
+                profiler.after(step, metrics)
                 last = step == settings.steps
                 # Machines are taken away half a minute after their signal: save at once then.
                 if stage.validate and due(step, settings.validate_every, last) and not stop.is_set():
@@ -212,6 +225,7 @@ def train(
                         write_samples(stage.sample(state.ema), config, workdir, step, writer)
                 if stopping(stop, checkpoints, step) or due(step, settings.checkpoint_every) or last:
                     late.flush()  # so that the averages are those of this step
+                    goodput.record()
                     with clock.spent_on("checkpoint"):
                         save(step)
                     saved = step
@@ -221,19 +235,20 @@ def train(
         finally:
             # Whatever ended the loop, the last checkpoint is finished and the metrics are on disk.
             with ExitStack() as closing:  # from the last to the first, each although another failed
-                for close in (checkpoints.close, writer.close, progress.close, stage.batches.close):
-                    closing.callback(close)
+                closing.callback(writer.close)
+                if step > start:
+                    closing.callback(goodput.record, finished=step == settings.steps)
+                closing.callback(finish_checkpoints)
+                closing.callback(progress.close)
+                closing.callback(stage.batches.close)
+                closing.callback(profiler.close)
 
     # --------------------------------------------------------------------------------------------------------- finish
-    spent = clock.snapshot()
-    overhead = ", ".join(
-        f"{name} {duration(s)}" for name, s in spent.items() if name not in ("total", "dispatch") and s >= 1
-    )
+    if step > start:
+        say(goodput.line)
     say(
-        f"{'stopped' if step < settings.steps else 'done'} at step {step}, saved at {saved}, after "
-        f"{duration(spent['total'])}"
-        + (f" (of which {overhead})" if overhead else "")
-        + f"; the step was compiled to {programs.count} program{'s' * (programs.count != 1)}"
+        f"{'stopped' if step < settings.steps else 'done'} at step {step}, saved at {saved}, "
+        f"after {duration(clock.total)}; the step was compiled to {programs.count} program{'s' * (programs.count != 1)}"
     )
     return Summary(step, step < settings.steps, dict(last_line))
 
@@ -268,45 +283,16 @@ def write_samples(
     write_media(frames, path, record, fps=config.sample.fps)
 
 
-class Window:
-    """Speed between two lines."""
-
-    def __init__(self, clock: Clock, stage: Stage, mesh: jax.sharding.Mesh):
-        self._clock, self._stage = clock, stage
-        self._mean = Work(stage.tokens_per_step, stage.flops_per_step)
-        kind = mesh.devices.flat[0].device_kind
-        self._peak = (peak_flops(kind) or 0.0) * mesh.size
-        self.begin(0)
-
-    def begin(self, step: int) -> None:
-        self._step, self._before = step, self._clock.snapshot()
-        self._sent: list[Work] = []
-
-    def did(self, batch: Any) -> None:
-        """A step on that batch was sent to the devices."""
-        stage = self._stage
-        self._sent.append(stage.work(batch) if stage.work else Work(stage.tokens_per_step, stage.flops_per_step))
-
-    def rates(self, step: int) -> dict[str, float]:
-        """steps_per_second, tokens_per_second, tflops (and mfu where the device's peak is known) without the time that
-        validation, samples and checkpoints took, and the share of the rest that was spent waiting for data."""
-        now = self._clock.snapshot()
-        spent = {name: value - self._before.get(name, 0.0) for name, value in now.items()}
-        steps = step - self._step
-        busy = spent["total"] - sum(spent.get(name, 0.0) for name in ("compile", "validation", "samples", "checkpoint"))
-        rate = steps / max(busy, 1e-9)
-        # Lines come a few steps late, so what was sent since the last one are not the same steps; but as many a step.
-        if self._sent:
-            self._mean = Work(*(sum(each) / len(self._sent) for each in zip(*self._sent, strict=True)))
-        self.begin(step)
-        rates = {"steps_per_second": rate, "data_wait": spent.get("data", 0.0) / max(busy, 1e-9)}
-        if self._mean.tokens:
-            rates["tokens_per_second"] = rate * self._mean.tokens
-        if flops := rate * self._mean.flops:
-            rates["tflops"] = flops / 1e12
-            if self._peak:
-                rates["mfu"] = flops / self._peak
-        return rates
+def mesh_of(config: Config) -> jax.sharding.Mesh:
+    """The mesh of a run, which must split its batches evenly."""
+    mesh, batch = sharding.make_mesh(asdict(config.train.mesh)), config.train.batch_size
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch % rows:
+        raise UserError(
+            f"train.batch_size {batch} cannot be split over data x fsdp = {rows} devices; "
+            f"nearest: {max(round(batch / rows), 1) * rows}"
+        )
+    return mesh
 
 
 def refuse_other_config(config: Config, workdir: epath.Path, force: bool) -> None:

@@ -2,10 +2,11 @@
 
     WORKDIR/metrics.jsonl     one JSON object a line: "step", "loss" and what else there is
     WORKDIR/tensorboard/      the same as curves, and sample grids
+    Weights & Biases          the same again, where `train.wandb` names a project
 
 A line's loss is the mean over the steps since the last one that was a multiple of `train.log_every`. Only the first
-process writes. Objects in a store do not append, so the files of a run whose workdir is a URL lie on the local disk and
-are uploaded at each checkpoint.
+process writes. Objects in a store do not append, so the files of a run whose workdir is a URL lie on the local disk
+(`MetricsWriter.folder`) and are uploaded at each checkpoint.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,62 +25,72 @@ from etils import epath
 
 from sora_jax.training.files import is_url, writing
 from sora_jax.training.tensorboard import EventFile
+from sora_jax.training.wandb_run import WandbRun
 
 JSONL = "metrics.jsonl"
+GOODPUT = "goodput.json"  # written by `goodput.Goodput`
 TENSORBOARD = "tensorboard"
+WEIGHT = " weight"  # "NAME weight" among a step's metrics: how much its NAME counts in the mean over steps
 
 
 class MetricsWriter:
-    """The files of a run. On resume, lines past `step` and a torn last line are dropped."""
+    """The files of a run. On resume, lines past `step` and a torn last line are dropped. `folder` is where they lie,
+    and None where they are not written (`active` is False)."""
 
-    def __init__(self, workdir: epath.PathLike, step: int = 0, *, active: bool = True):
-        self._active = active
+    def __init__(self, workdir: epath.PathLike, step: int = 0, *, active: bool = True, wandb: WandbRun | None = None):
+        self.folder: Path | None = None
+        self._wandb = wandb
         if not active:
             return
         self._remote = epath.Path(workdir) if is_url(workdir) else None
-        self._local = Path(tempfile.mkdtemp(prefix="sora_jax-metrics-")) if self._remote else Path(workdir)
-        if self._remote and (self._remote / JSONL).exists():
-            (self._local / JSONL).write_text((self._remote / JSONL).read_text())
-        self._local.mkdir(parents=True, exist_ok=True)
-        kept = _lines_up_to(self._local / JSONL, step)
-        _replace(self._local / JSONL, "".join(kept))
-        self._file = (self._local / JSONL).open("a")
-        self._tensorboard = EventFile(self._local / TENSORBOARD, step + 1 if step else None)
+        self.folder = Path(tempfile.mkdtemp(prefix="sora_jax-metrics-")) if self._remote else Path(workdir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (JSONL, GOODPUT):
+            if self._remote and (self._remote / name).exists():
+                (self.folder / name).write_text((self._remote / name).read_text())
+        kept = _lines_up_to(self.folder / JSONL, step)
+        _replace(self.folder / JSONL, "".join(kept))
+        self._file = (self.folder / JSONL).open("a")
+        self._tensorboard = EventFile(self.folder / TENSORBOARD, step + 1 if step else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line. JSON has no NaN: a value that is not finite becomes null."""
-        if not self._active:
+        if self.folder is None:
             return
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with writing(self._local):
+        with writing(self.folder):
             self._file.write(json.dumps({"step": step, **line}) + "\n")
             self._file.flush()
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
+        if self._wandb:
+            self._wandb.log(step, values)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """`image` uint8 [H, W, 3], to TensorBoard."""
-        if self._active:
-            with writing(self._local):
+        if self.folder is not None:
+            with writing(self.folder):
                 self._tensorboard.add_image(name, image, step)
                 self._tensorboard.flush()
 
     def upload(self) -> None:
         """Bring the files to a remote workdir; nothing to do for a local one."""
-        if not self._active or self._remote is None:
+        if self.folder is None or self._remote is None:
             return
-        for source in [self._local / JSONL, *(self._local / TENSORBOARD).glob("*")]:
-            target = self._remote / source.relative_to(self._local)
+        for source in [self.folder / JSONL, *self.folder.glob(GOODPUT), *(self.folder / TENSORBOARD).glob("*")]:
+            target = self._remote / source.relative_to(self.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(source.read_bytes())
 
     def close(self) -> None:
-        if self._active:
-            with writing(self._local):
+        if self.folder is not None:
+            with writing(self.folder):
                 self._file.close()
                 self._tensorboard.close()
             self.upload()
+        if self._wandb:
+            self._wandb.close()
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
@@ -112,12 +121,16 @@ class Averages:
         self._sums: dict[str, list[float]] = {name: list(pair) for name, pair in (state or {}).items()}
 
     def add(self, values: Mapping[str, float]) -> None:
-        """Values that are NaN (a noise band without a token, a skipped step) do not count."""
+        """Values that are NaN (a noise band without a token, a skipped step) do not count; those that come with a
+        weight (`WEIGHT`) count so much."""
         for name, value in values.items():
+            if name.endswith(WEIGHT):
+                continue
             total = self._sums.setdefault(name, [0.0, 0.0])
             if not math.isnan(value):
-                total[0] += value
-                total[1] += 1.0
+                weight = values.get(name + WEIGHT, 1.0)
+                total[0] += value * weight
+                total[1] += weight
 
     def means(self) -> dict[str, float]:
         """The means so far, NaN where nothing counted."""
@@ -147,33 +160,14 @@ class LateMetrics:
     def flush(self) -> None:
         self._drain(0)
 
+    def idle(self) -> bool:
+        """Whether the devices have done all steps they were given, and wait for more."""
+        return not self._queue or all(value.is_ready() for value in self._queue[-1][1].values())  # type: ignore[attr-defined]
+
     def _drain(self, keep: int) -> None:
         while len(self._queue) > keep:
             step, metrics = self._queue.popleft()
             self._receive(step, {name: float(value) for name, value in jax.device_get(dict(metrics)).items()})
-
-
-class Clock:
-    """Seconds since the start, and what they went to: "data", "validation", "checkpoint", ...; the rest is steps."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
-
-    @contextmanager
-    def spent_on(self, what: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
-
-    @property
-    def total(self) -> float:
-        return time.perf_counter() - self._start
-
-    def snapshot(self) -> dict[str, float]:
-        return {**self.seconds, "total": self.total}
 
 
 # Peak dense bfloat16 FLOP/s of a device, by a part of its `device_kind` (vendors' data sheets).

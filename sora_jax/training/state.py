@@ -107,7 +107,9 @@ def apply_gradients(
     ema_decay: float,
     spike_sigmas: float = 0.0,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """The state after one step with `grads` (a tree like `state.params`), and {"grad_norm", "skipped_in_a_row"}.
+    """The state after one step with `grads` (a tree like `state.params`), and {"grad_norm", "update_norm",
+    "update_ratio", "skipped_in_a_row"}: the norm of what was added to the parameters, and its ratio to theirs (NaN for
+    a step that is skipped).
 
     Gradients are scaled to a global norm of at most `clip_norm` (0 = no clipping). When the loss or that norm is not
     finite, or the norm is a spike (`spikes.is_spike`), the step is skipped: parameters, average, moments and statistics
@@ -136,4 +138,10 @@ def apply_gradients(
         skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
         norms=keep_if_bad(observe(state.norms, norm), state.norms),
     )
-    return new_state, {"grad_norm": norm, "skipped_in_a_row": new_state.skipped_in_a_row.astype(jnp.float32)}
+    update_norm = jnp.where(good, optax.tree.norm(updates), jnp.nan)
+    return new_state, {
+        "grad_norm": norm,
+        "update_norm": update_norm,
+        "update_ratio": update_norm / jnp.maximum(optax.tree.norm(state.params), 1e-12),
+        "skipped_in_a_row": new_state.skipped_in_a_row.astype(jnp.float32),
+    }
