@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sora_jax.training.files import writing
 from sora_jax.training.progress import duration
 from sora_jax.training.watch import Clock
 
@@ -77,8 +78,9 @@ class Goodput:
         self._taken.clear()
         if self._path is not None:
             temporary = self._path.with_suffix(".partial")
-            temporary.write_text(json.dumps(self.document(finished), indent=1) + "\n")
-            temporary.replace(self._path)
+            with writing(self._path):
+                temporary.write_text(json.dumps(self.document(finished), indent=1) + "\n")
+                temporary.replace(self._path)
         return self.goodput
 
     @property

@@ -217,7 +217,8 @@ def finish(process: subprocess.Popen) -> str:
 
 def comparable(lines: list[str]) -> list[dict]:
     """What of each line does not depend on the clock."""
-    timed = ("steps_per_second", "tokens_per_second", "tflops", "data_wait", "mfu")
+    timed = ("steps_per_second", "seconds_per_step", "tokens_per_second", "tflops", "data_wait", "mfu", "goodput")
+    timed += ("host_gib", "device_gib", "device_peak_gib")
     return [{name: value for name, value in json.loads(line).items() if name not in timed} for line in lines]
 
 
