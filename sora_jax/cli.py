@@ -24,6 +24,7 @@ from sora_jax.errors import NoRoomError, UserError, nearest
 
 PROGRAM = "sora-jax"
 OVERRIDE = "--config."
+ALONE_HINT = "start it once, outside of their launcher; on a host of a TPU slice with JAX_PLATFORMS=cpu"
 
 DESCRIPTION = "Text to video in JAX."
 EXAMPLES = """
@@ -150,7 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, "json", False):
                 with contextlib.redirect_stdout(sys.stderr):
                     document = args.command.run(args)
-                if document is not None and (not starts_jax or _is_chief()):
+                from sora_jax.runtime import is_chief
+
+                if document is not None and (not starts_jax or is_chief()):
                     print(json.dumps(document))
             else:
                 document = args.command.run(args)
@@ -187,18 +190,20 @@ def entry_point() -> NoReturn:
 
 def _announce(args: argparse.Namespace) -> None:
     """The head of every run: what it runs on, and what stands idle. A command whose `CLUSTER` is True joins the other
-    processes of its run first; the head is the first one's to say."""
-    from sora_jax.runtime import describe_devices, enable_compile_cache, keep_memory
+    processes of its run first; the head is the first one's to say. One whose `ALONE` is True refuses to be several."""
+    from sora_jax.cluster import find_cluster, join_cluster
+    from sora_jax.runtime import describe_devices, enable_compile_cache, is_chief, keep_memory
 
     keep_memory()
     enable_compile_cache()
     cluster = None
     if getattr(args.command, "CLUSTER", False):
-        from sora_jax.cluster import join_cluster
-
         cluster = join_cluster()
+    elif getattr(args.command, "ALONE", False) and (found := find_cluster()):
+        name = args.command.__name__.rpartition(".")[2]
+        raise UserError(f"{name} is the work of one process, and this is one of several ({found.name}): {ALONE_HINT}")
     devices = describe_devices(getattr(args, "dtype", None) or "auto")
-    if not _is_chief():
+    if not is_chief():
         return
     import jax
 
@@ -206,13 +211,6 @@ def _announce(args: argparse.Namespace) -> None:
     _say(f"{__version__} · {devices.line}{processes}", separator=" ")
     for line in devices.idle:
         _say(f"warning: {line}")
-
-
-def _is_chief() -> bool:
-    """Whether this is the only process of its run, or the first; the backend has been started."""
-    import jax
-
-    return jax.process_index() == 0
 
 
 @contextlib.contextmanager

@@ -68,12 +68,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Length of each mesh axis; one may be -1 and takes the devices that are left."""
+    """Length of each mesh axis within a slice; one may be -1 and takes the devices that are left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
+    data: int = -1  # rows of a batch
+    fsdp: int = 1  # rows of a batch, and parameters with all that belongs to them
+    tensor: int = 1  # heads, and the width of the MLP
+    sequence: int = 1  # tokens of a row
+    # Slices, which a slow network connects, along data and fsdp: both axes get so many times longer. -1: all slices.
+    dcn_data: int = -1
+    dcn_fsdp: int = 1
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class TrainConfig:
     stage: Literal["autoencoder", "text", "diffusion"] = "diffusion"
     steps: int = 10_000
     batch_size: int = 64  # B: rows a step in the diffusion stage, clips a step in the autoencoder stage
+    accumulate: int = 1  # passes that a step takes its rows in: less memory for activations, the same loss
     seed: int = 0
     init: str = ""  # a model to start from: a shipped name, a folder or URL, a hub name, or another workdir
     deepen: bool = False  # let `init` have fewer layers: blocks that pass their input on are put between its own
@@ -100,7 +104,7 @@ class TrainConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "keep", "max_skipped"):
+        for name in ("steps", "batch_size", "accumulate", "keep", "max_skipped"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be >= 1, not {getattr(self, name)}")
         for name in ("log_every", "validate_every", "sample_every", "checkpoint_every"):
@@ -166,6 +170,7 @@ FREE_ON_RESUME = (
     "train.keep",
     "train.max_skipped",
     "train.wandb",
+    "train.accumulate",
     "train.mesh.",
     "optimizer.spike_sigmas",
     "data.workers",

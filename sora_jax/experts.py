@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from sora_jax.models.transformer import MODEL_TIME
-from sora_jax.sharding import param_shardings
+from sora_jax.sharding import gather, param_shardings, put
 from sora_jax.weights.layout import ModelFolder
 
 
@@ -20,7 +20,7 @@ def on_devices(params: nnx.State, mesh: Mesh | None) -> nnx.State:
         return params
     if mesh is None:
         return jax.tree.map(jax.device_put, params)
-    return jax.tree.map(jax.device_put, params, jax.tree.broadcast(param_shardings(params, mesh), params))
+    return jax.tree.map(put, params, jax.tree.broadcast(param_shardings(params, mesh), params))
 
 
 class Experts:
@@ -31,7 +31,7 @@ class Experts:
         self._one = folder.transformer
         self._hosted: tuple[nnx.State, nnx.State] | None = None
         if folder.transformer_2 is not None:
-            high, low = (jax.tree.map(np.asarray, params) for params in (folder.transformer, folder.transformer_2))
+            high, low = (jax.tree.map(gather, params) for params in (folder.transformer, folder.transformer_2))
             self._hosted = (high, low)
         self._active: tuple[bool, nnx.State] | None = None
 

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from sora_jax import runtime
 from sora_jax.errors import UserError
+from sora_jax.sharding import gather
 from sora_jax.weights.layout import INDEX, ModelFolder, Progress, load_folder
 from sora_jax.weights.original import is_original, load_original
 from sora_jax.weights.shipped import find_model
@@ -44,7 +44,7 @@ def load_model(
 
         folder = model_of_run(path, mesh=mesh)
         if offload:
-            hosted = {name: jax.tree.map(np.asarray, getattr(folder, name)) for name in ("text_encoder", "autoencoder")}
+            hosted = {name: jax.tree.map(gather, getattr(folder, name)) for name in ("text_encoder", "autoencoder")}
             folder = dataclasses.replace(folder, **hosted)
     if lora:
         folder = with_loras(folder, lora)

@@ -24,6 +24,7 @@ from sora_jax.models.structure import structure_of
 from sora_jax.models.text_encoder import TextEncoder
 from sora_jax.models.transformer import Transformer, model_time
 from sora_jax.shapes import Condition
+from sora_jax.sharding import gather
 from sora_jax.weights.layout import ModelFolder, Progress
 
 
@@ -103,8 +104,10 @@ class Pieces:
         """Normalised latents of videos (their posterior's mean), float32; streamed, so memory is flat in T."""
         pixels = video.astype(np.float32) / 127.5 - 1.0
         stream = encode_stream(self._autoencoder, on_devices(self.folder.autoencoder, self.mesh), pixels)
-        latents = jnp.concatenate([posterior.mean for posterior in stream], axis=1)
-        return np.asarray(nnx.merge(self._autoencoder, self.folder.autoencoder).normalize(latents), np.float32)
+        latents = np.concatenate([gather(posterior.mean) for posterior in stream], axis=1)
+        return np.asarray(
+            nnx.merge(self._autoencoder, self.folder.autoencoder).normalize(jnp.asarray(latents)), np.float32
+        )
 
     def decode(
         self,
@@ -117,7 +120,7 @@ class Pieces:
         pieces = []
         params = on_devices(self.folder.autoencoder, self.mesh)
         for done, piece in enumerate(decode_stream(self._autoencoder, params, raw.astype(self.dtype))):
-            unit = np.clip((np.asarray(piece, np.float32) + 1.0) / 2.0, 0.0, 1.0)
+            unit = np.clip((gather(piece).astype(np.float32) + 1.0) / 2.0, 0.0, 1.0)
             pieces.append(np.round(unit * 255.0).astype(np.uint8) if output == "uint8" else unit)
             if progress is not None:
                 progress("decode", done + 1, raw.shape[1])

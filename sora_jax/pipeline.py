@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 
 from sora_jax import canvas as canvases
 from sora_jax import runtime, sharding
@@ -66,7 +66,10 @@ class Pipeline(Pieces):
         {"fsdp": 4, "sequence": 2}. Without, one device does it all. `dtype` is that of activations and, for a model
         folder, of parameters: "auto", "float32" or "bfloat16". `lora` names a file of low-rank adapters to merge into
         the transformer, or several with a weight each. With `offload` text encoder and autoencoder lie on the host, and
-        on the devices for as long as they work. `progress` is called with "load", the bytes read and those of all."""
+        on the devices for as long as they work. `progress` is called with "load", the bytes read and those of all.
+
+        Several processes (`jax.distributed`) may load one model over a mesh of all their devices; each then makes the
+        same calls, and has the same videos."""
         runtime.enable_compile_cache()
         if mesh is not None and not isinstance(mesh, Mesh):
             mesh = sharding.make_mesh(mesh)
@@ -250,7 +253,7 @@ class Pipeline(Pieces):
         state = start(solver, clean_tokens, noise_tokens, first, condition.given, condition.level_ids)
         predicted: list[np.ndarray] = []
         for i in range(settings.steps):
-            before = np.asarray(state.tokens) if trajectory else None
+            before = sharding.gather(state.tokens) if trajectory else None
             second = self._experts.is_low(float(levels[i]), whole_times=solver.whole_times)
             if guided and second:
                 condition = dataclasses.replace(condition, scale=jnp.full((rows,), low, jnp.float32))
@@ -258,7 +261,7 @@ class Pipeline(Pieces):
             state = denoise(velocity, params, condition, state, schedule[i : i + 2], solver=solver)
             del params
             if before is not None:
-                clean_now = _extrapolate(before, np.asarray(state.tokens), *levels[i : i + 2].tolist())
+                clean_now = _extrapolate(before, sharding.gather(state.tokens), *levels[i : i + 2].tolist())
                 predicted.append(self._to_latents(clean_now, layout))
             if progress is not None:
                 jax.block_until_ready(state.tokens)
@@ -266,9 +269,10 @@ class Pipeline(Pieces):
 
         # 4. frames
         steps = np.stack(predicted, axis=1) if trajectory else None
+        tokens = sharding.gather(state.tokens)
         if output == "latents":
-            return Made(self._to_latents(np.asarray(state.tokens), layout), steps)
-        return Made(self._decode_tokens(state.tokens, layout, output, progress), steps)
+            return Made(self._to_latents(tokens, layout), steps)
+        return Made(self._decode_tokens(tokens, layout, output, progress), steps)
 
     def extent(
         self,
@@ -307,7 +311,7 @@ class Pipeline(Pieces):
         return np.concatenate(tokens_to_spans(tokens, layout.latents, self.patch), axis=1)
 
     def _decode_tokens(
-        self, tokens: Float[Array, "B N P"], layout: Layout, output: str, progress: Progress | None
+        self, tokens: Float[np.ndarray, "B N P"], layout: Layout, output: str, progress: Progress | None
     ) -> np.ndarray:
         spans = tokens_to_spans(tokens, layout.latents, self.patch)
         return np.concatenate([self.decode(span, output, progress) for span in spans], axis=1)

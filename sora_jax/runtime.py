@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import jax.numpy as jnp
 
 DTYPES = ("auto", "float32", "bfloat16")
+HOST_MEMORY = "pinned_host"  # JAX's name of it
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,18 @@ def describe_devices(dtype: str = "auto") -> Devices:
         jax=jax.__version__,
         idle=idle_accelerators(platform),
     )
+
+
+def is_chief() -> bool:
+    """Whether this is the only process of its run, or the first of them; starts JAX's backend."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def reaches_host_memory(device: jax.Device) -> bool:
+    """Whether programs of the device may keep arrays in pinned memory of its host."""
+    return any(memory.kind == HOST_MEMORY for memory in device.addressable_memories())
 
 
 def compute_dtype(name: str = "auto", devices: Sequence[jax.Device] | None = None) -> jnp.dtype:

@@ -9,17 +9,22 @@ The table as logical -> mesh axes, with collisions rejected, follows jax-ml/jax-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from sora_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+DCN_AXES = ("dcn_data", "dcn_fsdp")  # how many slices lie along `data` and `fsdp`
+
+AnyMesh = Mesh | AbstractMesh  # what places things; the latter without devices, to reckon with
 
 RULES: Mapping[str, tuple[str, ...] | str | None] = {
     # activations
@@ -43,28 +48,82 @@ RULES: Mapping[str, tuple[str, ...] | str | None] = {
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over `devices` (default: all) with axes `MESH_AXES`.
 
-    `sizes` gives the length of each axis; missing ones are 1, and one may be -1: it takes what is left.
+    `sizes` gives the length of each axis within a slice, whose devices have fast links (ICI); missing ones are 1, and
+    one may be -1: it takes what is left. `dcn_data` and `dcn_fsdp` say how many slices lie along `data` and `fsdp`,
+    over the slow network (DCN); by default all along `data`. An axis is as long as both together, slices outermost:
+    {"dcn_data": 2, "data": 2, "fsdp": 8} on two slices of 16 is data=4, fsdp=8.
     With no sizes at all, every device goes to `data`.
-    Raises `UserError` when the sizes do not multiply to the number of devices.
+
+    Raises `UserError` when the sizes do not multiply to the devices of a slice, or to the slices.
     """
-    devices = list(jax.devices() if devices is None else devices)
-    sizes = dict(sizes) if sizes else {"data": -1}
-    unknown = sorted(set(sizes) - set(MESH_AXES))
-    if unknown:
-        raise UserError(f"unknown mesh axis {unknown[0]!r}; the axes are {', '.join(MESH_AXES)}")
-    lengths = [sizes.get(axis, 1) for axis in MESH_AXES]
-    if lengths.count(-1) > 1:
-        raise UserError(f"only one mesh axis may be -1, not {lengths.count(-1)}")
-    fixed = int(np.prod([n for n in lengths if n != -1]))
-    if -1 in lengths and fixed >= 1 and len(devices) % fixed == 0:
-        lengths[lengths.index(-1)] = len(devices) // fixed
-    if min(lengths) < 1 or int(np.prod(lengths)) != len(devices):
-        text = ", ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, lengths, strict=True))
-        raise UserError(f"mesh {text} does not multiply to the {len(devices)} devices there are")
+    array = arrange(list(jax.devices() if devices is None else devices), sizes or {"data": -1})
     # Auto axes: the model code states constraints, XLA propagates the rest.
-    return Mesh(
-        np.array(devices).reshape(lengths), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+    return Mesh(array, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
+
+
+def arrange(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:
+    """The devices as an array with the axes `MESH_AXES`, as `make_mesh` says.
+
+    Within a TPU's slice the axes follow its torus, the last ones (which talk most) first to have whole rings of it.
+    """
+    if unknown := sorted(set(sizes) - {*MESH_AXES, *DCN_AXES}):
+        raise UserError(f"unknown mesh axis {unknown[0]!r}; the axes are {', '.join((*MESH_AXES, *DCN_AXES))}")
+    apart = {axis: sizes.get(axis, -1 if axis == "dcn_data" else 1) for axis in DCN_AXES}
+    slices, attribute = _slices(devices, asked=math.prod(n for n in apart.values() if n != -1) > 1)
+    text = ", ".join(f"{axis}={n}" for axis, n in apart.items())
+    across = _filled(apart, len(slices), f"{text} does not multiply to the {_there_are(len(slices), attribute)}")
+    within = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+    size = len(slices[0])
+    where = f"{size} devices there are"
+    if len(slices) > 1:
+        lie = ", ".join(f"{axis}={n}" for axis, n in zip(DCN_AXES, across, strict=True))
+        where = f"{size} devices of each of {len(slices)} slices ({lie})"
+    text = ", ".join(f"{axis}={n}" for axis, n in within.items())
+    inner = _filled(within, size, f"mesh {text} does not multiply to the {where}")
+    if len(slices) == 1:
+        return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        inner,
+        (*across, 1, 1),
+        devices,
+        process_is_granule=attribute == "process_index",
+        allow_split_physical_axes=True,
     )
+
+
+def _slices(devices: Sequence[Any], *, asked: bool) -> tuple[list[list[Any]], str]:
+    """The devices by slice, and by which attribute: TPUs (and some GPUs) know their slice. Of other devices a process
+    is a slice where several are `asked` for."""
+    found: dict[int, list[Any]] = {}
+    attribute = "slice_index"
+    for device in devices:
+        found.setdefault(getattr(device, attribute, 0), []).append(device)
+    if len(found) == 1 and asked and devices[0].platform != "tpu":
+        found, attribute = {}, "process_index"
+        for device in devices:
+            found.setdefault(device.process_index, []).append(device)
+    slices = [found[index] for index in sorted(found)]
+    if len({len(one) for one in slices}) > 1:
+        raise UserError(f"the slices have {', '.join(str(len(one)) for one in slices)} devices: they must have as many")
+    return slices, attribute
+
+
+def _there_are(slices: int, attribute: str) -> str:
+    one, several = ("slice", "slices") if attribute == "slice_index" else ("process", "processes")
+    return f"1 {one} there is" if slices == 1 else f"{slices} {several} there are"
+
+
+def _filled(sizes: Mapping[str, int], total: int, wrong: str) -> list[int]:
+    """The lengths with -1 filled in, so that they multiply to `total`; `wrong` is the error when they do not."""
+    lengths = list(sizes.values())
+    if lengths.count(-1) > 1:
+        raise UserError(f"only one mesh axis may be -1, not {lengths.count(-1)}: {', '.join(sizes)}")
+    fixed = math.prod(n for n in lengths if n != -1)
+    if -1 in lengths and fixed >= 1 and total % fixed == 0:
+        lengths[lengths.index(-1)] = total // fixed
+    if min(lengths) < 1 or math.prod(lengths) != total:
+        raise UserError(wrong)
+    return lengths
 
 
 def spec(axes: Sequence[str | None], rules: Mapping[str, Any] = RULES) -> PartitionSpec:
@@ -107,7 +166,7 @@ def shard_over_mesh(
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def param_shardings(params: Any, mesh: Mesh) -> Any:
+def param_shardings(params: Any, mesh: AnyMesh) -> Any:
     """A tree like `params` (an NNX state, abstract or real) with the `NamedSharding` of each parameter.
 
     An axis that its mesh axes do not divide stays whole: small models on large meshes replicate what is small anyway.
@@ -127,7 +186,7 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -142,6 +201,8 @@ def data_part(mesh: Mesh) -> DataPart:
     """Which rows of a batch lie on this process's devices. Processes that share rows, as where `sequence` or `tensor`
     spans several, have the same part and make the same rows.
 
+    On a torus a process's devices need not be neighbours on the mesh: its slice of the rows then lies in pieces there.
+
     Raises `UserError` where the mesh cuts rows so that a process has no slice of its own.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -149,19 +210,31 @@ def data_part(mesh: Mesh) -> DataPart:
     where: Mapping[Any, tuple[slice, ...]] = batch_sharding(mesh).devices_indices_map((shards,))
     for device, index in where.items():
         held.setdefault(device.process_index, set()).update(range(shards)[index[0]])
-    size = len(held[jax.process_index()])
-    for own in held.values():
-        first = min(own)
-        if own != {*range(first, first + size)} or first % size:
-            text = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items())
-            raise UserError(
-                f"mesh {text} gives the {len(held)} processes unequal slices of a batch: make data x fsdp a multiple "
-                "or a divisor of their number"
-            )
-    part, parts = min(held[jax.process_index()]) // size, shards // size
-    return DataPart(part, parts)
+    slices = sorted({tuple(sorted(own)) for own in held.values()})
+    if len({len(one) for one in slices}) > 1 or sum(map(len, slices)) != shards:
+        text = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items())
+        raise UserError(
+            f"mesh {text} gives the {len(held)} processes unequal slices of a batch: make data x fsdp a multiple "
+            "or a divisor of their number"
+        )
+    return DataPart(slices.index(tuple(sorted(held[jax.process_index()]))), len(slices))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over the data axes; what the loader's arrays are placed with."""
     return NamedSharding(mesh, spec(("batch",)))
+
+
+def put(array: np.ndarray | jax.Array, place: Sharding | None) -> jax.Array:
+    """An array that every process has whole, laid out there; None: on the default device. Of an array that spans
+    processes each puts its own pieces, and none asks the others whether theirs are the same."""
+    if place is None or place.is_fully_addressable:
+        return jax.device_put(array, place)
+    return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+
+
+def gather(array: np.ndarray | jax.Array) -> np.ndarray:
+    """The whole array on the host, in every process; all of them have to ask."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)

@@ -402,3 +402,23 @@ def test_rows_of_pixels_lie_over_the_sequence_axis(form: str, rows: int):
             assert decode(params, z).sharding.spec[2] == "sequence"
             text = decode.lower(params, z).compile().as_text()
             assert text.count("collective-permute") > text.count("all-gather"), "borders go round, and not pictures"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "axes", [{"data": 2, "sequence": 4}, {"fsdp": 4, "sequence": 2}, {"data": 2, "fsdp": 2, "sequence": 2}], ids=str
+)
+def test_one_small_picture_is_encoded_as_on_one_device(axes: dict[str, int]):
+    """Two rows of latents: fewer than devices, or as many with kernels that are cut as well."""
+    graphdef, params = model("2.2")
+    stride = FORMS["2.2"].stride
+    x = jnp.asarray(
+        np.random.default_rng(4).uniform(-1, 1, (1, 1, 2 * stride.height, 2 * stride.width, 3)), jnp.float32
+    )
+    expected = nnx.merge(graphdef, params).encode(x).mean
+    mesh = sharding.make_mesh(axes)
+    with jax.set_mesh(mesh):
+        places = jax.tree.broadcast(sharding.param_shardings(params, mesh), params)
+        placed = jax.tree.map(jax.device_put, params, places)
+        found = jax.jit(lambda params, x: nnx.merge(graphdef, params).encode(x).mean)(placed, x)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * float(np.std(expected)))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sora_jax.models import attention as attention_module
 from sora_jax.models.attention import attention
-from sora_jax.models.attention_forms import reference_attention, visible
+from sora_jax.models.attention_forms import blockwise_attention, reference_attention, visible
 from sora_jax.models.splash import splash_attention
 from sora_jax.sharding import make_mesh
 
 
-def test_kernel_equals_the_definition_with_its_gradients():
+@pytest.mark.parametrize("form", ["definition", "blockwise"])
+def test_kernel_equals_the_other_forms_with_its_gradients(form):
     """Segments, padding to whole blocks, and queries that see nothing."""
     rng = np.random.default_rng(0)
     n, m = 200, 150
@@ -23,19 +27,66 @@ def test_kernel_equals_the_definition_with_its_gradients():
     def kernel(q, k, v):
         return splash_attention(q, k, v, q_ids, kv_ids, interpret=True)
 
-    def definition(q, k, v):
+    def other(q, k, v):
+        if form == "blockwise":
+            return blockwise_attention(q, k, v, q_ids, kv_ids, block=64)
         return reference_attention(q, k, v, visible(q_ids, kv_ids))
 
     with jax.default_matmul_precision("highest"):
         out = kernel(q, k, v)
-        np.testing.assert_allclose(out, definition(q, k, v), atol=1e-5)
+        np.testing.assert_allclose(out, other(q, k, v), atol=1e-5)
         blind = np.asarray((q_ids == 0) | (q_ids == 3))
         np.testing.assert_array_equal(np.asarray(out)[blind], 0.0)
-        gradients = (
-            jax.grad(lambda *x, f=f: jnp.sum(jnp.sin(f(*x))), (0, 1, 2))(q, k, v) for f in (kernel, definition)
-        )
+        gradients = (jax.grad(lambda *x, f=f: jnp.sum(jnp.sin(f(*x))), (0, 1, 2))(q, k, v) for f in (kernel, other))
         for ours, theirs in zip(*gradients, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def shaken_segments(attend, n, heads):
+    """Outputs and gradients before and after all segments but the first were changed, hugely; the first's tokens."""
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, n, heads, 128)), jnp.float32) for _ in range(3))
+    ids = jnp.asarray(np.repeat([1, 2, 0], [n - 60, 50, 10]))[None]
+    first = np.asarray(ids[0]) == 1
+    noise = np.where(first[None, :, None, None], 0.0, 1e4).astype(np.float32)
+
+    def run(q, k, v):
+        def loss(q, k, v):
+            out = attend(q, k, v, ids)
+            return jnp.sum(out[:, first] ** 2), out
+
+        (_, out), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+        return [np.asarray(x) for x in (out, *gradients)]
+
+    return run(q, k, v), run(q + noise, k + noise, v + noise), first
+
+
+def test_other_segments_cannot_leak():
+    def kernel(q, k, v, ids):
+        return splash_attention(q, k, v, ids, ids, interpret=True)
+
+    plain, shaken, first = shaken_segments(kernel, 200, 1)
+    for before, after in zip(plain, shaken, strict=True):
+        np.testing.assert_array_equal(after[:, first], before[:, first])
+    assert not np.array_equal(shaken[0][:, ~first], plain[0][:, ~first])
+    for gradient in shaken[1:]:
+        np.testing.assert_array_equal(gradient[:, ~first], 0.0)
+
+
+@pytest.mark.slow
+def test_nor_where_tokens_are_traded_for_heads(monkeypatch):
+    """Two devices, each with half of the tokens, then with one of the two heads: as on a TPU, in interpretation."""
+    monkeypatch.setattr(attention_module, "BLOCK", 64)
+    monkeypatch.setattr(attention_module, "headwise_attention", partial(splash_attention, interpret=True))
+
+    def traded(q, k, v, ids):
+        return attention(q, k, v, q_ids=ids, kv_ids=ids)
+
+    with jax.set_mesh(make_mesh({"sequence": 2}, jax.devices()[:2])), jax.default_matmul_precision("highest"):
+        plain, shaken, first = shaken_segments(traded, 200, 2)
+    for before, after in zip(plain, shaken, strict=True):
+        np.testing.assert_array_equal(after[:, first], before[:, first])
+    assert not np.array_equal(shaken[0][:, ~first], plain[0][:, ~first])
 
 
 @pytest.mark.plans

@@ -91,14 +91,13 @@ def compute(
     flops: float, executed: float, devices: list[Any], kind: str, rows: int, tokens: int, traffic: Mapping[str, float]
 ) -> Compute:
     """`kind` is that of a TPU ("v5p"), or anything else; `traffic` has the bytes a step of one device, of "memory" and
-    "links"."""
+    "links" (where these are of one kind)."""
     peak = peak_flops(devices[0].device_kind) if devices else None
     if peak is None:
         return Compute(flops, executed, None, None)
     best = {"products": executed / (peak * len(devices))}
     if kind in BANDWIDTH:
-        best["memory"] = traffic["memory"] / BANDWIDTH[kind].memory
-        best["links"] = traffic["links"] / BANDWIDTH[kind].links
+        best |= {what: amount / getattr(BANDWIDTH[kind], what) for what, amount in traffic.items()}
     chips = len(devices) / (2 if kind == "tpu7x" else 1)
     table = {}
     for share in SHARES:

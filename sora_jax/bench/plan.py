@@ -52,6 +52,7 @@ class Target:
     name: str
     devices: list[Any] | None
     hbm_bytes: int  # of one device
+    slices: int = 1  # of that grid, which a slower network connects
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Plan:
 
 
 def find_target(topology: str | None, hbm: float | None) -> Target:
-    """`topology` is a grid ("v5p:4x4x4"), a product ("v5p-128") or "local"; or `hbm` GiB of one device are given."""
+    """`topology` is a grid ("v5p:4x4x4"), a product ("v5p-128"), several slices of one ("2xv5p-128") or "local"; or
+    `hbm` GiB of one device are given."""
     if (topology is None) == (hbm is None):
         raise UserError("name what is planned for: --topology GRID (or local), or --hbm GIB for one device")
     if hbm is not None:
@@ -94,11 +96,14 @@ def find_target(topology: str | None, hbm: float | None) -> Target:
     assert topology is not None
     if topology == "local":
         return Target("local", jax.devices(), _local_memory())
-    grid = PRODUCTS.get(topology, topology)
+    several = re.fullmatch(r"([1-9]\d*)x(\D.*)", topology)
+    slices, one = (int(several[1]), several[2]) if several else (1, topology)
+    grid = PRODUCTS.get(one, one)
     kind = grid.partition(":")[0]
     if ":" not in grid or kind not in HBM:
-        raise UserError(f'unknown topology "{topology}"; {nearest(topology, [*PRODUCTS, "local"])}')
-    return Target(grid, _tpu_devices(grid), HBM[kind] * GIB)
+        raise UserError(f'unknown topology "{topology}"; {nearest(one, [*PRODUCTS, "local"])}')
+    name = f"{grid} x {slices}" if slices > 1 else grid
+    return Target(name, _tpu_devices(grid, slices), HBM[kind] * GIB, slices)
 
 
 def _local_memory() -> int:
@@ -108,7 +113,7 @@ def _local_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # the CPU computes in the host's memory
 
 
-def _tpu_devices(grid: str) -> list[Any]:
+def _tpu_devices(grid: str, slices: int) -> list[Any]:
     import importlib.util
 
     if importlib.util.find_spec("libtpu") is None:
@@ -117,7 +122,9 @@ def _tpu_devices(grid: str) -> list[Any]:
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    options = {"chips_per_host_bounds": (1, 1, 1)} if grid.endswith(":1x1") else {}
+    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if grid.endswith(":1x1") else {}
+    if slices > 1:
+        options["num_slices"] = slices
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=grid, **options).devices)
     except Exception as error:  # noqa: BLE001  the compiler's own error, of no narrower type
@@ -149,8 +156,11 @@ def plan_training(config: Config, target: Target, mesh_sizes: Mapping[str, int])
     """The train step of `config`: weights, optimizer, average, what is kept, a batch, and what the step needs."""
     mesh = _mesh(target, mesh_sizes)
     rows = config.train.batch_size
-    if rows % (shards := mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise UserError(f"{rows} rows cannot be split over data x fsdp = {shards} devices: give --batch-size")
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.accumulate
+    if rows % shards:
+        passes = f" in {config.train.accumulate} passes" if config.train.accumulate > 1 else ""
+        devices = shards // config.train.accumulate
+        raise UserError(f"{rows} rows cannot be split over data x fsdp = {devices} devices{passes}: give --batch-size")
     dtype = _dtype(target)
     program = training_program(config, mesh, dtype)
     parts = {
@@ -225,7 +235,9 @@ def _finish(
     parts = parts | {"the step itself": max(peak - sum(parts.values()), 0)}
     # What a step reads at least once: all that lies there; training writes it again, and what it keeps meanwhile too.
     memory = arguments if program == "sampler step" else 2 * arguments + 2 * parts["the step itself"]
-    traffic = {"memory": float(memory), "links": link_bytes(collectives or {})}
+    traffic = {"memory": float(memory)}
+    if target.slices == 1:  # what goes between slices takes another network, whose speed is not the chips' to say
+        traffic["links"] = link_bytes(collectives or {})
     tokens = rows * config.data.row_tokens
     devices = target.devices or []
     work = compute(*flops, devices, target.name.partition(":")[0], rows, tokens, traffic)
@@ -326,7 +338,11 @@ def training_temporaries(config: Config, program: TrainingProgram, rows: int, dt
     """Reckoned: gradients as large as what learns, a layer at work, and what remat lets the layers keep."""
     t, tokens = config.transformer, config.data.row_tokens
     working = 3 * rows * _layer_activations(config, tokens, dtype)
-    kept = {"full": tokens * t.dim * dtype.itemsize, "dots": tokens * (6 * t.dim + t.ffn_dim) * dtype.itemsize}
+    kept = {
+        "offload": 0,
+        "full": tokens * t.dim * dtype.itemsize,
+        "dots": tokens * (7 * t.dim + t.ffn_dim) * dtype.itemsize,  # those of the text are few
+    }
     of_layer = kept.get(t.remat, _layer_activations(config, tokens, dtype))
     return bytes_per_device(program.state.params) + working + rows * t.n_layers * of_layer
 

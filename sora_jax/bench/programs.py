@@ -69,6 +69,7 @@ def training_program(config: Config, mesh: Mesh, dtype: jnp.dtype) -> TrainingPr
         spike_sigmas=config.optimizer.spike_sigmas,
         ema_decay=config.train.ema,
         dtype=dtype,
+        accumulate=config.train.accumulate,
     )
     state = abstract_state(init, jax.random.key(0), mesh)
     batch = sharding.batch_sharding(mesh)

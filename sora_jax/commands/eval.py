@@ -12,6 +12,7 @@ import numpy as np
 from sora_jax.errors import UserError
 
 HELP = "sample held-out prompts and judge what comes out"
+ALONE = True
 EXAMPLES = """
     sora-jax eval --model world
     sora-jax eval --model runs/world --n 50 --steps 15

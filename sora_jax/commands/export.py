@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sora_jax.weights.layout import ModelFolder
 
 HELP = "write a run's newest checkpoint, or a model, as a model folder"
+ALONE = True
 EXAMPLES = """
     sora-jax export runs/world exported/world-2
     sora-jax export runs/world exported/world-2 --dtype bfloat16 --evaluation eval.json

@@ -17,6 +17,7 @@ OVERRIDES = True  # takes --config.a.b=value
 EXAMPLES = """
     sora-jax plan --config wan_1_3b --topology v5e-16 --batch-size 16
     sora-jax plan --config wan_14b --topology v5p:4x4x4 --mesh fsdp=16,sequence=4
+    sora-jax plan --config wan_14b --topology 2xv6e-256 --mesh dcn_data=2,fsdp=64,sequence=4
     sora-jax plan --config wan_1_3b --sample --hbm 24
     sora-jax plan --config world --topology local --json
 """
@@ -30,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--topology",
         metavar="GRID",
-        help="compile for this grid of TPU chips (v5p:4x4x4) or product (v5p-128), no TPU needed; or local: for here",
+        help="compile for this grid of TPU chips (v5p:4x4x4) or product (v5p-128), or slices of it (2xv5p-128), no TPU "
+        "needed; or local: for here",
     )
     where.add_argument("--hbm", type=float, metavar="GIB", help="reckon for one device with so much memory")
     where.add_argument("--mesh", metavar="AXIS=N,...", help="say fsdp=16,sequence=4 (fsdp takes all devices)")
@@ -40,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--height", type=int, metavar="PIXELS")
     what.add_argument("--width", type=int, metavar="PIXELS")
     what.add_argument("--batch-size", type=int, metavar="N", help="videos a step, over all devices (the config's)")
-    what.add_argument("--remat", metavar="POLICY", help="what the backward pass recomputes: none, dots or full")
+    what.add_argument(
+        "--remat", metavar="POLICY", help="what the backward pass recomputes: none, dots, full or offload"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
 
 

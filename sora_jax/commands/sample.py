@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sora_jax.commands.flags import parse_mesh
 from sora_jax.commands.jobs import Job, batches, plan, warn_of_unknown_words
 from sora_jax.errors import UserError
+from sora_jax.runtime import is_chief
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from sora_jax.video import Video
 
 HELP = "make videos from prompts"
+CLUSTER = True
 EXAMPLES = """
     sora-jax sample "a red ball bounces on a blue floor"
     sora-jax sample "a green square slides left" --seed 7 --steps 50 --out slide.gif --scale 4
@@ -30,6 +32,7 @@ EXAMPLES = """
     sora-jax sample "the ball rolls away" --image first.png
     sora-jax sample --prompts prompts.txt --out videos/ --json
     sora-jax sample --like ball.mp4 --seed 8
+    sora-jax sample --prompts prompts.txt --out videos/ --batch-size 4 --mesh data=4,sequence=2
 """
 
 
@@ -70,7 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--dtype", metavar="DTYPE", default="auto", help="auto, float32 or bfloat16")
     how.add_argument(
-        "--mesh", metavar="AXIS=N,...", help="spread the model over devices, say fsdp=4,sequence=2 (one device)"
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="spread the model over devices, say fsdp=4,sequence=2; data=N cuts a batch "
+        "(one device; of several processes all: sequence=-1)",
     )
     how.add_argument(
         "--offload", action="store_true", help="keep text encoder and autoencoder on the host while the steps are made"
@@ -92,7 +98,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     like = _record_of(args.like) if args.like else None
     jobs = plan(args, like)
     settings = _settings(args, like)
-    for job in jobs:
+    writes = is_chief()  # of several processes all make every video, and the first writes and speaks
+    for job in jobs if writes else ():
         _check_out(job.out, settings.get("frames"), args.force)
     if args.scale < 1:
         raise UserError(f"--scale must be a whole number >= 1, not {args.scale}")
@@ -100,7 +107,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--batch-size must be a whole number >= 1, not {args.batch_size}")
     if args.fps is not None and not 0 < args.fps <= 1000:
         raise UserError(f"--fps must lie in (0, 1000], not {args.fps:g}")
-    mesh = parse_mesh(args.mesh) if args.mesh else None
+    mesh = parse_mesh(args.mesh) if args.mesh else spread_over_processes()
     given = _given_files(args, like)
     images: dict[str, Any] = {role: _read_image(file) for role, file in given.items()}
 
@@ -112,11 +119,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with _progress(str(model)) as progress:
         pipe = Pipeline.load(model, mesh=mesh, dtype=args.dtype, lora=lora, offload=args.offload, progress=progress)
     seconds = {"load": time.perf_counter() - started, "compile and sample": 0.0, "decode": 0.0, "write": 0.0}
-    warn_of_unknown_words(jobs, pipe.name, pipe.folder.defaults.card)
+    if writes:
+        warn_of_unknown_words(jobs, pipe.name, pipe.folder.defaults.card)
     if "last_image" in images and not settings.keys() & {"frames", "seconds"}:
         settings["frames"] = pipe.folder.defaults.frames + 1
     extent = pipe.extent(**{name: settings.get(name) for name in ("frames", "seconds", "height", "width")})
-    for job in jobs:
+    for job in jobs if writes else ():
         _check_out(job.out, extent.frames, args.force)
     made = []
     for batch in batches(jobs, args.batch_size):
@@ -135,14 +143,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         writing = time.perf_counter()
         for job, video in zip(batch, videos, strict=True):
             video = dataclasses.replace(video, record=dataclasses.replace(video.record, given=given))
-            _write(video, job.out, args)
             made.append(_describe(video, job, args.fps))
-            _report(made[-1], args.json)
+            if writes:
+                _write(video, job.out, args)
+                _report(made[-1], args.json)
         seconds["compile and sample"] += clock.sampled
         seconds["decode"] += clock.decoded
         seconds["write"] += time.perf_counter() - writing
     seconds["total"] = time.perf_counter() - started
-    print(" · ".join(f"{name} {value:.1f} s" for name, value in seconds.items()), file=sys.stderr)
+    if writes:
+        print(" · ".join(f"{name} {value:.1f} s" for name, value in seconds.items()), file=sys.stderr)
     return {"model": pipe.name, "videos": made, "seconds": seconds}
 
 
@@ -163,6 +173,14 @@ def _settings(args: argparse.Namespace, like: Record | None) -> dict[str, Any]:
         if recorded is not None and not (name == "frames" and "seconds" in settings):
             settings.setdefault(name, recorded)
     return settings
+
+
+def spread_over_processes() -> dict[str, int] | None:
+    """Where nothing is said: one device does it all; of several processes all devices share the tokens, which needs no
+    more memory of each."""
+    import jax
+
+    return {"sequence": -1} if jax.process_count() > 1 else None
 
 
 def _loras(named: list[str]) -> dict[str, float]:
@@ -277,8 +295,8 @@ class Clock:
 
 @contextmanager
 def _progress(title: str) -> Iterator[Progress]:
-    """A bar on a terminal, nothing in a log."""
-    if not sys.stderr.isatty():
+    """A bar on a terminal, nothing in a log; of several processes the first has it."""
+    if not (sys.stderr.isatty() and is_chief()):
         yield lambda stage, done, total: None
         return
     from rich.console import Console

@@ -59,10 +59,14 @@ def shift_level(sigma: AnyLevels, shift: float | Float[Array, "*any"]) -> AnyLev
 
 
 def flow_loss(
-    predicted: Float[Array, "B N P"], target: Float[Array, "B N P"], counted: Bool[Array, "B N"]
+    predicted: Float[Array, "B N P"],
+    target: Float[Array, "B N P"],
+    counted: Bool[Array, "B N"],
+    total: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """Mean squared error per counted token; given tokens and padding are not counted. 0 when nothing is."""
-    return mean_of_counted(token_errors(predicted, target), counted)
+    """Mean squared error per counted token; given tokens and padding are not counted. 0 when nothing is. Of rows that
+    are a part of a batch with `total` counted tokens: their share of its mean."""
+    return mean_of_counted(token_errors(predicted, target), counted, total)
 
 
 def token_errors(predicted: Float[Array, "B N P"], target: Float[Array, "B N P"]) -> Float[Array, "B N"]:
@@ -70,9 +74,11 @@ def token_errors(predicted: Float[Array, "B N P"], target: Float[Array, "B N P"]
     return jnp.mean(jnp.square(predicted.astype(jnp.float32) - target), axis=-1)
 
 
-def mean_of_counted(error: Float[Array, "B N"], counted: Bool[Array, "B N"]) -> Float[Array, ""]:
+def mean_of_counted(
+    error: Float[Array, "B N"], counted: Bool[Array, "B N"], total: Float[Array, ""] | None = None
+) -> Float[Array, ""]:
     weight = counted.astype(jnp.float32)
-    return jnp.sum(error * weight) / jnp.maximum(jnp.sum(weight), 1.0)
+    return jnp.sum(error * weight) / jnp.maximum(jnp.sum(weight) if total is None else total, 1.0)
 
 
 def loss_by_level(

@@ -20,9 +20,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from sora_jax.models.attention_forms import (
+    ATTENDED,
     BLOCK,
     blockwise_attention,
     headwise_attention,
@@ -50,23 +52,29 @@ def attention(
     over the mesh's `sequence` axis; keys do too where `kv_ids` is `q_ids` itself, and lie whole where it is not.
     The choice of form follows the platform the program is compiled for, not the one it is traced on.
     """
+    shared = kv_ids is not q_ids
+
+    def kept(form: Kernel) -> Kernel:
+        """`form`, whose result a policy of `jax.checkpoint` may know by name; that of a text is soon made again."""
+        return form if shared else lambda *arrays: checkpoint_name(form(*arrays), ATTENDED)
+
     if q.shape[1] <= BLOCK:
-        return reference_attention(q, k, v, visible(q_ids, kv_ids, block_ids, block_ids))
+        return kept(reference_attention)(q, k, v, visible(q_ids, kv_ids, block_ids, block_ids))
     if block_ids is not None or not _rows_and_heads_divide(q):
-        return blockwise_attention(q, k, v, q_ids, kv_ids, block_ids, block_ids)
+        return kept(blockwise_attention)(q, k, v, q_ids, kv_ids, block_ids, block_ids)
 
     def splash(*arrays: jax.Array) -> jax.Array:
         from sora_jax.models.splash import splash_attention  # imports Pallas: half a second that only long rows pay
 
-        return splash_attention(*arrays)
+        return splash_attention(*arrays, kept_as=None if shared else ATTENDED)
 
-    on_tpu = splash if q.shape[-1] % SPLASH_WIDTH == 0 else blockwise_attention
-    by_device = partial(_on_each_device, shared=kv_ids is not q_ids)
+    on_tpu = splash if q.shape[-1] % SPLASH_WIDTH == 0 else kept(blockwise_attention)
+    by_device = partial(_on_each_device, shared=shared)
     return jax.lax.platform_dependent(
         *(q, k, v, q_ids, kv_ids),
-        cpu=partial(by_device, headwise_attention),
+        cpu=partial(by_device, kept(headwise_attention)),
         tpu=partial(by_device, on_tpu),
-        default=partial(by_device, blockwise_attention),
+        default=partial(by_device, kept(blockwise_attention)),
     )
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -1e30  # not -inf: a row of -inf would make softmax NaN before it is zeroed
+ATTENDED = "attended"  # what attention gives, by which policies of `jax.checkpoint` know it
 BLOCK = 512  # queries at a time; measured best on CPU, and keeps memory linear in N
 
 

@@ -29,7 +29,7 @@ from sora_jax.models.autoencoder_blocks import DownBlock, MiddleBlock, UpBlock
 from sora_jax.models.causal_conv import KERNEL_AXES, CausalConv, ChannelNorm, Past, split_past
 from sora_jax.pytrees import pytree
 from sora_jax.shapes import Extent, Stride, latent_extent
-from sora_jax.sharding import constrain
+from sora_jax.sharding import constrain, mesh_size
 
 ACTIVATION_AXES = ("batch", "frames", "rows", "columns", None)
 
@@ -152,7 +152,10 @@ class Posterior:
     logvar: Float[Array, "B F h w C"]
 
     def sample(self, key: Key[Array, ""]) -> Float[Array, "B F h w C"]:
-        noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        return self.at(jax.random.normal(key, self.mean.shape, self.mean.dtype))
+
+    def at(self, noise: Float[Array, "B F h w C"]) -> Float[Array, "B F h w C"]:
+        """The sample that unit noise draws."""
         return self.mean + jnp.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> Float[Array, ""]:
@@ -310,15 +313,27 @@ class Autoencoder(nnx.Module):
     def _encode(self, video: jax.Array, past: Past) -> tuple[Posterior, Past]:
         side = self.config.patch_size or 1
         x = rearrange(video, "b t (h ph) (w pw) c -> b t h w (c pw ph)", ph=side, pw=side)
-        moments, past = self.encoder(constrain(x, ACTIVATION_AXES), past)
+        moments, past = self.encoder(_laid_out(x, video.shape[2] // self.stride.height, strided=True), past)
         mean, logvar = jnp.split(self.quant_conv(moments), 2, axis=-1)
         return Posterior(mean, jnp.clip(logvar, -30.0, 20.0)), past
 
     def _decode(self, latents: jax.Array, past: Past, clip: bool = True) -> tuple[jax.Array, Past]:
         side = self.config.patch_size or 1
-        x, past = self.decoder(constrain(self.post_quant_conv(latents), ACTIVATION_AXES), past)
+        x, past = self.decoder(_laid_out(self.post_quant_conv(latents), latents.shape[2]), past)
         video = rearrange(x, "b t h w (c pw ph) -> b t (h ph) (w pw) c", ph=side, pw=side)
         return (jnp.clip(video, -1.0, 1.0) if clip else video), past
+
+
+def _laid_out(x: jax.Array, latent_rows: int, *, strided: bool = False) -> jax.Array:
+    """`x` with clips and rows over the mesh, where clips and rows of latents divide.
+
+    XLA's `strided` convolutions come out wrong where devices have uneven rows, and where they are cut by rows and their
+    kernels by channels (`fsdp`) at once: the encoder then has whole pictures.
+    """
+    batch, frames, rows, *others = ACTIVATION_AXES
+    clips_divide = x.shape[0] % (mesh_size("data") * mesh_size("fsdp")) == 0
+    rows_divide = latent_rows % mesh_size("sequence") == 0 and not (strided and mesh_size("fsdp") > 1)
+    return constrain(x, (batch if clips_divide else None, frames, rows if rows_divide else None, *others))
 
 
 # --- streams -------------------------------------------------------------------------------------------------------

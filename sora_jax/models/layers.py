@@ -12,12 +12,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+from sora_jax.sharding import mesh_size
 
 # Stacks of at most so many layers are unrolled: a scan copies every layer's parameters out of the stack and every
 # gradient into it, and keeps what the backward pass needs in one more: 2.5 s in place of 4.2 for a step of the world
 # model on a CPU. Deep models are scanned, to compile fast.
 UNROLLED = 12
+
+PRODUCT = "product"  # what `matmul` gives, by which policies of `jax.checkpoint` know it
 
 Initializer = Callable[..., jax.Array]
 
@@ -49,6 +54,10 @@ def matmul(x: Float[Array, "*batch n_in"], kernel: Float[Array, "n_in n_out"]) -
     Sums are float32 whatever the dtype, which is more exact and on a CPU with bfloat16 tiles (AMX) six times as fast:
     XLA reaches them only through products that come out as float32.
     """
+    return _product(x, kernel)
+
+
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return contract(x, kernel, (x.ndim - 1,), (0,)).astype(x.dtype)
 
 
@@ -60,13 +69,14 @@ def contract(x: jax.Array, y: jax.Array, x_axes: Sequence[int], y_axes: Sequence
 
 
 def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return matmul(x, kernel), (x, kernel)
+    # Named here, as policies of `jax.checkpoint` do not look into a function with a gradient of its own.
+    return checkpoint_name(_product(x, kernel), PRODUCT), (x, kernel)
 
 
 def _matmul_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     dx = matmul(dy, kernel.T)
-    if x.dtype != jnp.bfloat16:
+    if x.dtype != jnp.bfloat16 and mesh_size("sequence") == 1:  # flattening tokens that are cut would gather them
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     rows = tuple(range(x.ndim - 1))
     return dx, contract(x, dy, rows, rows).astype(kernel.dtype)

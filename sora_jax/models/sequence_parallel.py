@@ -19,9 +19,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from sora_jax.models.attention_forms import BLOCK, MASKED, in_query_blocks, visible
+from sora_jax.models.attention_forms import ATTENDED, BLOCK, MASKED, in_query_blocks, visible
 
 SEQUENCE = "sequence"  # the mesh axis
 
@@ -61,7 +62,7 @@ def sequence_parallel(kernel: Kernel, size: int) -> Kernel:
         if across == size:
             out = kernel(q, k, v, q_ids, kv_ids)
         else:
-            out = ring_attention(q, k, v, q_ids, kv_ids, size=size, hop=across)
+            out = checkpoint_name(ring_attention(q, k, v, q_ids, kv_ids, size=size, hop=across), ATTENDED)
         return trade(out, 1, 2)
 
     return local

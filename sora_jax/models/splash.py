@@ -29,9 +29,11 @@ def splash_attention(
     q_ids: Int[Array, "B N"],
     kv_ids: Int[Array, "B M"],
     *,
+    kept_as: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B N K d"]:
-    """`attention` for d a multiple of 128; `interpret` runs the kernel on any device, for tests."""
+    """`attention` for d a multiple of 128. A policy of `jax.checkpoint` that keeps the name `kept_as` keeps all that
+    the backward pass needs of the kernel. `interpret` runs the kernel on any device, for tests."""
     n, m = q.shape[1], k.shape[1]
     block_q, block_kv = (min(BLOCK, _round_up(length, LANES)) for length in (n, m))
 
@@ -48,7 +50,10 @@ def splash_attention(
     )
     shape = (_round_up(n, block_q), _round_up(m, block_kv))
     kernel = kernels.make_splash_mha_single_device(
-        masks.MultiHeadMask([masks.FullMask(shape)] * q.shape[2]), block_sizes=sizes, interpret=interpret
+        masks.MultiHeadMask([masks.FullMask(shape)] * q.shape[2]),
+        block_sizes=sizes,
+        residual_checkpoint_name=kept_as,
+        interpret=interpret,
     )
     # The kernel lets id 0 meet id 0; padding must meet nothing, so padded keys get an id that no query has.
     kv_padded = _pad(kv_ids, block_kv)

@@ -23,13 +23,15 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from sora_jax.diffusion.flow import spread
 from sora_jax.diffusion.solvers import TRAIN_STEPS
 from sora_jax.errors import UserError, nearest
-from sora_jax.models.attention import attention
+from sora_jax.models.attention import ATTENDED, attention
 from sora_jax.models.layers import (
+    PRODUCT,
     UNROLLED,
     LayerNorm,
     Linear,
@@ -42,13 +44,24 @@ from sora_jax.models.layers import (
     zeros,
 )
 from sora_jax.models.rope import Rotation, rotate, rotation
+from sora_jax.runtime import HOST_MEMORY
 from sora_jax.shapes import Condition, Stride
 from sora_jax.sharding import constrain
 
+BLOCK_INPUT = "block_input"  # what a block is given, by which policies know it
+# What the forward pass keeps of each block for the backward pass, which computes the rest anew. Least memory of the
+# device last: all of it; what kernels multiplied (not attention); what came in; and that and what attention gave, on
+# the host.
 REMAT: Mapping[str, Callable[..., Any] | None] = {
     "none": None,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT, ATTENDED],
+        offload_src="device",
+        offload_dst=HOST_MEMORY,
+    ),
 }
 
 
@@ -86,7 +99,10 @@ class TransformerConfig:
     frequency_dim: int = 256  # of the level's sinusoidal embedding
     max_positions: int = 1024  # per axis
     eps: float = 1e-6
-    remat: str = "none"  # what the backward pass recomputes: one of REMAT
+    # What a block keeps for the backward pass, which computes the rest anew. "none": everything; "dots": what kernels
+    # made, so that attention and what is cheap come again; "full": its input; "offload": its input and what attention
+    # gave, on the host, so that kernels come again. Each takes less of the device's memory than the one before.
+    remat: str = "none"
     lora_rank: int = 0  # of low-rank adapters beside the kernels of attention and MLP; 0: none
     lora_alpha: float = 0.0  # they are scaled by alpha / rank; 0: by 1
     lora_targets: str = "self_attn,cross_attn,ffn"  # what of a block has them: these, or parts, "cross_attn.k"
@@ -271,6 +287,7 @@ class Transformer(nnx.Module):
         graphdef, layers = nnx.split(self.blocks, graph=False)
 
         def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+            x = checkpoint_name(x, BLOCK_INPUT)
             return nnx.merge(graphdef, layer)(x, level_rows, text, turn, condition), None
 
         policy = REMAT[cfg.remat]

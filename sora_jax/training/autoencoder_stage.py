@@ -49,6 +49,7 @@ def autoencoder_stage(context: Context) -> Stage:
         spike_sigmas=config.optimizer.spike_sigmas,
         ema_decay=config.train.ema,
         dtype=context.dtype,
+        accumulate=config.train.accumulate,
     )
     validate = sample = None
     if data.held_out:

@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Num
 
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from sora_jax.shapes import Extent, latent_extent
+from sora_jax.training.accumulation import accumulated
 from sora_jax.training.state import TrainState, apply_gradients
 
 MODULE = "autoencoder"  # the one entry of `TrainState.params`
@@ -61,26 +63,29 @@ def gradient_error(error: Float[Array, "B T H W C"], scales: int) -> Float[Array
 
 
 def autoencoder_loss(
-    model: Autoencoder, video: Float[Array, "B T H W 3"], key: jax.Array, weights: AutoencoderLossConfig
+    model: Autoencoder,
+    video: Float[Array, "B T H W 3"],
+    noise: Float[Array, "B F h w C"],
+    weights: AutoencoderLossConfig,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The weighted loss of reconstructing `video` from a sample of its posterior, and every term by name.
+    """The weighted loss of reconstructing `video` from the sample of its posterior that `noise` draws, and every term
+    by name: means over clips.
 
-    The model computes in the dtype of `video`; the terms are float32. `psnr` is of unclipped frames, in dB.
+    The model computes in the dtype of `video`; the terms are float32.
     """
     posterior = model.encode(video)
     if not weights.train_encoder:
         posterior = jax.lax.stop_gradient(posterior)
-    decoded = model.decode(posterior.sample(key), clip=False)
+    decoded = model.decode(posterior.at(noise), clip=False)
     error = decoded.astype(jnp.float32) - video.astype(jnp.float32)
-    squared = jnp.mean(error * error)
     terms = {
         "l1": jnp.mean(jnp.abs(error)),
-        "l2": squared,
+        "l2": jnp.mean(error * error),
         "gradient": gradient_error(error, weights.gradient_scales),
         "kl": posterior.kl(),
     }
     loss = sum((getattr(weights, name) * value for name, value in terms.items()), jnp.zeros((), jnp.float32))
-    return loss, terms | {"loss": loss, "psnr": 10.0 * jnp.log10(4.0 / jnp.maximum(squared, 1e-12))}
+    return loss, terms | {"loss": loss}
 
 
 def with_encoder_of(before: nnx.State, after: nnx.State) -> nnx.State:
@@ -102,24 +107,28 @@ def make_autoencoder_step(
     spike_sigmas: float = 0.0,
     ema_decay: float = 0.999,
     dtype: jnp.dtype | type = jnp.float32,
+    accumulate: int = 1,
 ) -> Step:
-    """`step(state, video) -> (state, metrics)`, jitted, with `state` donated.
+    """`step(state, video) -> (state, metrics)`, jitted, with `state` donated; in `accumulate` passes.
 
     `video` [B, T, H, W, 3] is uint8, or floating point in [-1, 1]; it is computed with in `dtype`. `state.params` is
-    {"autoencoder": parameters}. Metrics are those of `autoencoder_loss` and `apply_gradients`.
+    {"autoencoder": parameters}. Metrics are those of `autoencoder_loss` and `apply_gradients`, and `psnr`, of unclipped
+    frames, in dB.
     """
     if config.dropout:
         raise UserError(f"dropout {config.dropout} is not supported in training an autoencoder; use 0")
 
-    def loss_fn(params: Any, video: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return autoencoder_loss(nnx.merge(graphdef, params[MODULE]), video, key, weights)
+    def share(params: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        # Means over clips, of which each pass has as many: their mean is that of the batch.
+        found = autoencoder_loss(nnx.merge(graphdef, params[MODULE]), *batch, weights)
+        return jax.tree.map(lambda mean: mean / accumulate, found)
 
     def step(state: TrainState, video: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         if video.dtype == jnp.uint8:
             video = video.astype(jnp.float32) / 127.5 - 1.0
-        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, video.astype(dtype), state.step_key()
-        )
+        latents = latent_extent(Extent(*video.shape[1:4]), config.stride)
+        noise = jax.random.normal(state.step_key(), (video.shape[0], *latents, config.z_dim), dtype)
+        (loss, terms), grads = accumulated(share, state.params, (video.astype(dtype), noise), accumulate)
         before = state
         state, metrics = apply_gradients(
             state, grads, loss, optimizer, clip_norm=clip_norm, spike_sigmas=spike_sigmas, ema_decay=ema_decay
@@ -129,6 +138,7 @@ def make_autoencoder_step(
                 params={MODULE: with_encoder_of(before.params[MODULE], state.params[MODULE])},
                 ema={MODULE: with_encoder_of(before.ema[MODULE], state.ema[MODULE])},
             )
-        return state, terms | metrics
+        psnr = 10.0 * jnp.log10(4.0 / jnp.maximum(terms["l2"], 1e-12))
+        return state, terms | {"psnr": psnr} | metrics
 
     return jax.jit(step, donate_argnums=0)

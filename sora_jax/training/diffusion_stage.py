@@ -21,6 +21,7 @@ from sora_jax.models.structure import parameters_of, structure_of
 from sora_jax.models.text_encoder import TextEncoderConfig
 from sora_jax.models.tokenizer import ByteTokenizer, Tokenizer
 from sora_jax.models.transformer import TransformerConfig
+from sora_jax.runtime import reaches_host_memory
 from sora_jax.tokens.packing import PackedRows
 from sora_jax.tokens.planning import quadratic_share
 from sora_jax.training.adapters import learning, networks
@@ -40,6 +41,12 @@ def diffusion_stage(context: Context) -> Stage:
         raise UserError(
             f"transformer.text_dim {transformer.text_dim} is not the width of the text encoder's output "
             f"(text_encoder.d_model {text_encoder.d_model})"
+        )
+    device = context.mesh.local_devices[0]
+    if transformer.remat == "offload" and not reaches_host_memory(device):
+        raise UserError(
+            f"transformer.remat=offload keeps activations in the host's memory, which programs of {device.device_kind} "
+            "cannot reach with this JAX; transformer.remat=full takes the next least"
         )
     folder = data.latents or make_latents(context)
     source = open_latents(config, folder)
@@ -74,6 +81,7 @@ def diffusion_stage(context: Context) -> Stage:
         spike_sigmas=config.optimizer.spike_sigmas,
         ema_decay=config.train.ema,
         dtype=context.dtype,
+        accumulate=config.train.accumulate,
     )
     validate = None
     if data.held_out:

@@ -31,6 +31,7 @@ from sora_jax.diffusion.levels import Levels, LevelsConfig, draw_levels
 from sora_jax.models.transformer import model_time
 from sora_jax.shapes import Condition
 from sora_jax.tokens.packing import PackedRows
+from sora_jax.training.accumulation import accumulated
 from sora_jax.training.adapters import complete
 from sora_jax.training.metrics import WEIGHT
 from sora_jax.training.state import TrainState, apply_gradients
@@ -78,10 +79,12 @@ def diffusion_loss(
     levels: Levels,
     noise: Float[Array, "B N P"],
     dtype: jnp.dtype | type = jnp.float32,
+    total: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """Mean squared error of the velocity over the tokens that are neither padding nor given."""
+    """Mean squared error of the velocity over the tokens that are neither padding nor given; with `total`, the share of
+    these rows in the mean over so many."""
     errors = diffusion_errors(modules, params, rows, levels, noise, dtype)
-    return mean_of_counted(errors.error, errors.counted)
+    return mean_of_counted(errors.error, errors.counted, total)
 
 
 class TokenErrors(NamedTuple):
@@ -103,7 +106,7 @@ def diffusion_errors(
     """What the transformer gets wrong about `rows` mixed with `noise` at `levels`."""
     clean = rows.tokens.astype(jnp.float32)
     sigma = spread(levels.sigma, rows.level_ids)
-    given = spread(levels.given.astype(jnp.float32), rows.level_ids) > 0.5
+    given = given_tokens(rows, levels)
     noisy = mix(clean, noise, sigma)
 
     text = read_text(modules, params, rows, dtype)
@@ -122,6 +125,10 @@ def level_bands(levels: LevelsConfig) -> tuple[list[float], list[float]]:
     return [at(k) for k in range(BANDS + 1)], [at(k + 0.5) for k in range(BANDS)]
 
 
+def given_tokens(rows: PackedRows, levels: Levels) -> Bool[Array, "B N"]:
+    return spread(levels.given.astype(jnp.float32), rows.level_ids) > 0.5
+
+
 def make_diffusion_step(
     modules: DiffusionModules,
     optimizer: optax.GradientTransformation,
@@ -131,9 +138,10 @@ def make_diffusion_step(
     spike_sigmas: float = 0.0,
     ema_decay: float = 0.999,
     dtype: jnp.dtype | type = jnp.float32,
+    accumulate: int = 1,
 ) -> Step:
     """`step(state, rows, kept={}) -> (state, metrics)`, jitted, with `state` donated; `kept` are modules that do not
-    learn, by name.
+    learn, by name. The rows are taken in `accumulate` passes.
 
     Randomness comes from `state.step_key()` alone, so a resumed run draws what the uninterrupted one would have drawn.
     Metrics: `loss`; `loss_0.05`, ...: the mean over the tokens of each band of levels, by its middle, with how many
@@ -155,18 +163,22 @@ def make_diffusion_step(
         )
         noise = jax.random.normal(noise_key, rows.tokens.shape, jnp.float32)
 
-        def loss_of(params: Any) -> tuple[jax.Array, TokenErrors]:
-            errors = diffusion_errors(modules, complete(kept, params), rows, drawn, noise, dtype=dtype)
-            return mean_of_counted(errors.error, errors.counted), errors
+        total = jnp.sum(~given_tokens(rows, drawn) & (rows.segment_ids > 0), dtype=jnp.float32)
 
-        (loss, errors), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        def share(params: Any, batch: tuple[PackedRows, Levels, jax.Array]) -> tuple[jax.Array, Any]:
+            errors = diffusion_errors(modules, complete(kept, params), *batch, dtype=dtype)
+            means, tokens = loss_by_level(errors.error, errors.counted, errors.sigma, edges)
+            sums = jnp.where(tokens > 0, means * tokens, 0.0)
+            return mean_of_counted(errors.error, errors.counted, total), (sums, tokens)
+
+        (loss, (sums, tokens)), grads = accumulated(share, state.params, (rows, drawn, noise), accumulate)
         state, metrics = apply_gradients(
             state, grads, loss, optimizer, clip_norm=clip_norm, spike_sigmas=spike_sigmas, ema_decay=ema_decay
         )
         banded: dict[str, jax.Array] = {}
-        by_level = loss_by_level(errors.error, errors.counted, errors.sigma, edges)
-        for middle, mean, tokens in zip(middles, *by_level, strict=True):
-            banded |= {f"loss_{middle:.2f}": mean, f"loss_{middle:.2f}{WEIGHT}": tokens}
+        means = jnp.where(tokens > 0, sums / jnp.maximum(tokens, 1.0), jnp.nan)
+        for middle, mean, count in zip(middles, means, tokens, strict=True):
+            banded |= {f"loss_{middle:.2f}": mean, f"loss_{middle:.2f}{WEIGHT}": count}
         return state, {"loss": loss, **banded, **metrics}
 
     return jax.jit(step, donate_argnums=0)

@@ -286,10 +286,12 @@ def write_samples(
 def mesh_of(config: Config) -> jax.sharding.Mesh:
     """The mesh of a run, which must split its batches evenly."""
     mesh, batch = sharding.make_mesh(asdict(config.train.mesh)), config.train.batch_size
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards, accumulate = mesh.shape["data"] * mesh.shape["fsdp"], config.train.accumulate
+    rows = shards * accumulate
     if batch % rows:
+        passes = f" in {accumulate} passes (train.accumulate)" if accumulate > 1 else ""
         raise UserError(
-            f"train.batch_size {batch} cannot be split over data x fsdp = {rows} devices; "
+            f"train.batch_size {batch} cannot be split over data x fsdp = {shards} devices{passes}; "
             f"nearest: {max(round(batch / rows), 1) * rows}"
         )
     return mesh

@@ -192,12 +192,12 @@ def load_modules(
     return Loaded(result, left_out)
 
 
-def load_autoencoder(name: str) -> tuple[AutoencoderConfig, nnx.State]:
+def load_autoencoder(name: str, mesh: Mesh | None = None) -> tuple[AutoencoderConfig, nnx.State]:
     """Config and parameters of the autoencoder in a model or run; with the latent statistics that a run measured."""
     path = find_pretrained(name)
     if not is_workdir(path):
-        return load_component(path / AUTOENCODER.folder, AUTOENCODER)
-    run = load_run(path)
+        return load_component(path / AUTOENCODER.folder, AUTOENCODER, mesh=mesh)
+    run = load_run(path, mesh)
     if "autoencoder" not in run.params:
         raise UserError(f"{path} has trained {', '.join(run.params)} and no autoencoder")
     config, statistics = run.config.autoencoder, path / LATENT_STATISTICS

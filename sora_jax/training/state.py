@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sora_jax import sharding
+from sora_jax.sharding import AnyMesh
 from sora_jax.training.spikes import is_spike, no_statistics, observe
 
 
@@ -71,7 +72,7 @@ def make_init(
     return init
 
 
-def abstract_state(init: Callable[[PRNGKeyArray], TrainState], key: PRNGKeyArray, mesh: Mesh) -> TrainState:
+def abstract_state(init: Callable[[PRNGKeyArray], TrainState], key: PRNGKeyArray, mesh: AnyMesh) -> TrainState:
     """Shapes, dtypes and shardings of what `init` makes, without making it; what a checkpoint is restored into."""
     shapes = jax.eval_shape(init, key)
     shardings = jax.tree.broadcast(state_shardings(shapes, mesh), shapes)
@@ -84,7 +85,7 @@ def init_state(init: Callable[[PRNGKeyArray], TrainState], key: PRNGKeyArray, me
         return jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init, key), mesh))(key)
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:
+def state_shardings(state: Any, mesh: AnyMesh) -> Any:
     """A prefix tree of `state` with the sharding of each array: that of its parameter for parameters, averages and
     moments (they carry the same axis names), replicated for everything else."""
 

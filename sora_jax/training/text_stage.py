@@ -62,6 +62,7 @@ def text_stage(context: Context) -> Stage:
         spike_sigmas=config.optimizer.spike_sigmas,
         ema_decay=config.train.ema,
         dtype=context.dtype,
+        accumulate=config.train.accumulate,
     )
     return Stage(
         make_params=make_params,

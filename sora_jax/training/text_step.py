@@ -24,6 +24,7 @@ from sora_jax.data.world.questions import ANSWER_COUNTS, captions_with_answers
 from sora_jax.models.layers import Linear
 from sora_jax.models.tokenizer import ByteTokenizer
 from sora_jax.tokens.packing import AnyArray
+from sora_jax.training.accumulation import accumulated
 from sora_jax.training.state import TrainState, apply_gradients
 
 
@@ -92,13 +93,16 @@ def make_text_step(
     spike_sigmas: float = 0.0,
     ema_decay: float = 0.999,
     dtype: jnp.dtype | type = jnp.float32,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Captions], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """`step(state, captions) -> (state, metrics)`, jitted, with `state` donated."""
+    """`step(state, captions) -> (state, metrics)`, jitted, with `state` donated; in `accumulate` passes."""
+
+    def share(params: Any, captions: Captions) -> tuple[jax.Array, dict[str, jax.Array]]:
+        # Means over captions, of which each pass has as many: their mean is that of the batch.
+        return jax.tree.map(lambda mean: mean / accumulate, reading_loss(modules, params, captions, dtype))
 
     def step(state: TrainState, captions: Captions) -> tuple[TrainState, dict[str, jax.Array]]:
-        (loss, shares), grads = jax.value_and_grad(
-            lambda params: reading_loss(modules, params, captions, dtype), has_aux=True
-        )(state.params)
+        (loss, shares), grads = accumulated(share, state.params, captions, accumulate)
         state, metrics = apply_gradients(
             state, grads, loss, optimizer, clip_norm=clip_norm, spike_sigmas=spike_sigmas, ema_decay=ema_decay
         )

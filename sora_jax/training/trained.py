@@ -35,10 +35,10 @@ def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None, autoencoder: 
             f"{workdir} has trained {' and '.join(run.params)} alone, which makes no videos: name a run of the "
             "diffusion stage"
         )
-    autoencoder_config, autoencoder_params = load_autoencoder(config.data.autoencoder)
+    autoencoder_config, autoencoder_params = load_autoencoder(config.data.autoencoder, mesh)
     if autoencoder:
         ours = autoencoder_hash(autoencoder_config, autoencoder_params)
-        autoencoder_config, autoencoder_params = load_autoencoder(autoencoder)
+        autoencoder_config, autoencoder_params = load_autoencoder(autoencoder, mesh)
         if autoencoder_hash(autoencoder_config, autoencoder_params) != ours:
             raise UserError(
                 f"{autoencoder} makes other latents than {config.data.autoencoder}, which {workdir} was trained on; "

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -16,7 +15,7 @@ from jax.typing import DTypeLike
 
 from sora_jax.errors import UserError, nearest
 from sora_jax.models.structure import shapes_of
-from sora_jax.sharding import param_shardings
+from sora_jax.sharding import param_shardings, put
 from sora_jax.weights.files import parse_json, write_json
 from sora_jax.weights.safetensors_io import (
     DTYPES,
@@ -96,7 +95,7 @@ class CheckedComponent:
                     if progress is not None:
                         progress(tensor.stop - tensor.start)
                 _check_repeats(row, array, self.stored, read)
-                flat[path] = flat[path].replace(array if on_host else jax.device_put(array, shardings.get(path)))
+                flat[path] = flat[path].replace(array if on_host else put(array, shardings.get(path)))
         return nnx.from_flat_state(list(flat.items()))
 
 
