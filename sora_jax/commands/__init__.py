@@ -4,7 +4,8 @@ A module has `HELP` (one line), `EXAMPLES` (shown under its help), `add_argument
 nothing slow at its top: `sora-jax --help` reads all of them. `run` returns None, or the document that `--json` prints.
 A command whose `OVERRIDES` is True takes `--config.a.b=v` flags, and finds them in `args.overrides` as "a.b=v". One
 whose `CLUSTER` is True may be run by several processes at once (`sora_jax.cluster`); one whose `ALONE` is True refuses
-to be, as all would write the same. One whose `STARTS_JAX` is False runs before JAX looks for devices. One that has `exit_code(document)` may find something wrong without failing itself.
+to be, as all would write the same. One whose `STARTS_JAX` is False runs before JAX looks for devices. One that has
+`exit_code(document)` may find something wrong without failing itself.
 """
 
 from __future__ import annotations
