@@ -91,6 +91,7 @@ class TrainConfig:
     init: str = ""  # a model to start from: a shipped name, a folder or URL, a hub name, or another workdir
     deepen: bool = False  # let `init` have fewer layers: blocks that pass their input on are put between its own
     learns: Literal["all", "transformer", "lora"] = "all"  # in the diffusion stage; what does not is kept as in `init`
+    anew: bool = False  # let the transformer that learns start from nothing: `init` gives the text encoder alone
     expert: Literal["", "high", "low"] = ""  # which learns, where `init` has one for high noise and one for low
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; parameters are float32
     ema: float = 0.999  # decay of the averaged parameters
@@ -117,6 +118,11 @@ class TrainConfig:
         if self.deepen and (self.learns != "all" or not self.init):
             raise UserError(
                 "train.deepen makes the model of train.init deeper, and all of it learns then: name a model"
+            )
+        if self.anew and (self.learns != "transformer" or self.expert):
+            raise UserError(
+                "train.anew starts one transformer from nothing beside a text encoder that is kept: set train.learns="
+                "transformer and no train.expert"
             )
         if self.learns == "all" and self.expert:
             raise UserError(f"train.expert={self.expert} tunes one of two: set train.learns to transformer or lora")

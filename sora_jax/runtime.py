@@ -139,8 +139,12 @@ def compile_cache_folder() -> Path:
     """Where compiled programs are kept by the command line; nothing is started or made."""
     if chosen := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "sora_jax" / f"compiled-{_cpu_fingerprint()}"
+    return cache_folder() / f"compiled-{cpu_fingerprint()}"
+
+
+def cache_folder() -> Path:
+    """Where the package keeps what it can make again, for this user; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sora_jax"
 
 
 # Parameters of glibc's mallopt (malloc.h).
@@ -217,7 +221,8 @@ def _cpu_name() -> str:
     return next(iter(_cpu_info("model name")), platform.processor() or platform.machine())
 
 
-def _cpu_fingerprint() -> str:
+def cpu_fingerprint() -> str:
+    """Eight digits for this kind of CPU and its features."""
     import platform
 
     features = "|".join([platform.machine(), *_cpu_info("model name", "flags", "Features")])

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime as dt
 import json
+import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from sora_jax import cli
-from sora_jax.bench.compute import compute, count_collectives, link_bytes
-from sora_jax.bench.plan import PRODUCTS, find_target, plan_sampling, plan_training, with_size
+from sora_jax.bench.compute import autoencoder_flops, compute, count_collectives, link_bytes
+from sora_jax.bench.memo import remembered
+from sora_jax.bench.plan import plan_sampling, plan_training, with_size
+from sora_jax.bench.programs import autoencoder_program
+from sora_jax.bench.reckon import Reckoned, meshes, reckon_training
+from sora_jax.bench.rows import loader_sizes
+from sora_jax.bench.search import first_that_fits, search_training
+from sora_jax.bench.targets import PRODUCTS, find_target
+from sora_jax.commands.plan import loader_cost
 from sora_jax.config import from_dict, load_config, override
 from sora_jax.errors import UserError
 from sora_jax.shapes import Extent, Stride
+from sora_jax.sharding import make_mesh
 
 GIB = 2**30
 ONE = find_target(None, 80.0)
@@ -104,7 +116,8 @@ TINY = {
 
 
 @pytest.mark.slow
-def test_the_compiler_agrees_on_the_devices_at_hand():
+def test_the_compiler_agrees_on_the_devices_at_hand(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     target = find_target("local", None)
     made = plan_training(from_dict(TINY), target, {"data": 2, "fsdp": 4})
     assert made.devices == len(jax.devices()) == 8
@@ -117,6 +130,95 @@ def test_the_compiler_agrees_on_the_devices_at_hand():
     assert "all-reduce" in made.collectives  # gradients of eight devices' rows are summed
     assert made.fits
     assert made.advice == ()
+    assert made.compiled_on is None
+    again = plan_training(from_dict(TINY), target, {"data": 2, "fsdp": 4})
+    assert again.compiled_on == dt.date.today().isoformat()
+    assert dataclasses.replace(again, compiled_on=None) == made  # the seconds are those of the real compilation
+    other = plan_training(override(from_dict(TINY), ["optimizer.clip_norm=2"]), target, {"data": 2, "fsdp": 4})
+    assert other.compiled_on is None
+
+
+def test_an_answer_is_found_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = []
+
+    def find() -> dict[str, int]:
+        asked.append(len(asked))
+        return {"answer": 41 + len(asked)}
+
+    assert remembered(["a", "b"], find) == ({"answer": 42}, None)
+    assert remembered(["a", "b"], find) == ({"answer": 42}, dt.date.today().isoformat())
+    assert remembered(["ab"], find) == ({"answer": 43}, None)
+    assert remembered(["a", "b"], find, again=True) == ({"answer": 44}, None)
+    for file in tmp_path.rglob("*.json"):
+        file.write_text(file.read_text()[:-9])  # a disk that was full
+    assert remembered(["a", "b"], find) == ({"answer": 45}, None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(next(tmp_path.rglob("*.json"))))  # no folder can be made there
+    assert remembered(["a", "b"], find) == ({"answer": 46}, None)
+
+
+def test_candidate_meshes_share_everything_evenly():
+    config = load_config("wan_1_3b")  # 12 heads, width 1536, MLP 8960
+    found = list(meshes(config, 16, 4))
+    assert {"data": 1, "fsdp": 4, "tensor": 1, "sequence": 4} in found
+    for mesh in found:
+        assert math.prod(mesh.values()) == 16
+        assert 4 % (mesh["data"] * mesh["fsdp"]) == 0
+        assert 12 % mesh["tensor"] == 0
+    # rows over data x fsdp in 1, 2 or 4 parts (in 1 + 2 + 3 ways), heads in 1, 2 or 4; what is left is sequence
+    assert len(found) == 6 * 3
+
+
+def test_arithmetic_knows_what_each_axis_saves_and_costs():
+    """Against sums by hand: bytes of the state, and what a device sends through its links in a step."""
+    config = load_config("wan_1_3b", ["train.batch_size=4", "transformer.remat=none"])
+    n, D, layers, tokens = 10**9, 1536, 30, 32_760
+    one = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
+    links, peak = 600e9, 459e12  # of a v5p
+    forward = 283e12 + 5.68e9 * 2 * 512  # of the transformer's blocks, and of the text encoder
+    products = 4 * 3 * forward / peak
+    alone = reckon_training(config, one, "v5p", n, 0)
+    assert alone.seconds == pytest.approx(products, rel=0.02)
+
+    def extra(**axes: int) -> float:
+        return reckon_training(config, one | axes, "v5p", n, 0).seconds - alone.seconds / math.prod(axes.values())
+
+    fsdp = reckon_training(config, one | {"fsdp": 4}, "v5p", n, 0)
+    gathered, scattered = 2 * 2 * n * 3 / 4, 4 * n * 3 / 4
+    assert extra(fsdp=4) == pytest.approx((gathered + scattered) / links)
+    sequence = reckon_training(config, one | {"sequence": 4}, "v5p", n, 0)
+    traded = 2 * layers * 4 * (4 * tokens / 4) * D * 2 * 3 / 4  # four arrays, forward and backward, in bfloat16
+    summed = 2 * 4 * n
+    assert extra(sequence=4) == pytest.approx((traded + summed) / links)
+    assert fsdp.peak_bytes == pytest.approx(sequence.peak_bytes - 20 * n * 3 / 4)  # the same activations on each
+    assert extra(sequence=8) > extra(sequence=4)  # 12 heads: 4 x 2, with a ring
+
+
+def test_the_search_compiles_in_the_order_of_time_and_no_hopeless_mesh():
+    base = dataclasses.replace(plan_training(load_config("wan_1_3b", ["train.batch_size=1"]), ONE, {}), remat=None)
+    target = find_target(None, 100.0)
+
+    def search(peaks: dict[int, tuple[float, float]], last: bool = False) -> tuple[list[int], bool]:
+        """Which meshes are compiled, by their fsdp, when arithmetic and the compiler say so many GiB of each."""
+        compiled, said = [], []
+
+        def compile_(mesh):
+            compiled.append(mesh["fsdp"])
+            peak = int(peaks[mesh["fsdp"]][1] * GIB)
+            return dataclasses.replace(base, mesh=dict(mesh), peak_bytes_per_device=peak, fits=peak <= 92 * GIB)
+
+        candidates = [Reckoned({"fsdp": n}, gib * GIB, float(n)) for n, (gib, _) in peaks.items()]
+        tried = []
+        plan = first_that_fits(candidates, target, compile_, tried, said.append, "remat full", last)
+        assert len(tried) == len(compiled)
+        return compiled, plan is not None
+
+    assert search({2: (80, 90), 1: (85, 95), 4: (60, 60)}) == ([1, 2], True)  # least time first
+    assert search({1: (80, 95), 2: (85, 10), 4: (60, 60)}) == ([1, 4], True)  # 2 should need more than 1 did
+    assert search({100: (85, 85), 101: (70, 70)}) == ([101], True)  # about as fast, and smaller
+    assert search({1: (500, 10), 2: (400, 10)}) == ([], False)  # hopeless
+    assert search({1: (500, 95), 2: (400, 95)}, last=True) == ([2], False)  # something has to be said
+    assert search({n: (100 - n, 99) for n in range(1, 9)}) == ([1, 2, 3], False)  # three, and no more
 
 
 def test_collectives_are_counted_as_often_as_they_run():
@@ -151,6 +253,9 @@ ENTRY %main (x: f32[4]) -> f32[4] {
   %k = (s32[], f32[4]) while(%t), condition=%five, body=%reduce
   %d = f32[16]{0} all-gather-done(%c)
   %e = f32[3]{0} add(%p, %q)
+  %s = (f32[2]{0}, f32[8]{0:T(8)S(1)}, u32[], u32[]) collective-permute-start(%e), channel_id=9
+  %m1 = f32[6]{0} all-to-all(%a), channel_id=10
+  %m = (f32[1]{0}, f32[1]{0}, f32[1]{0}, f32[1]{0}, f32[1]{0}, /*index=5*/f32[1]{0}) all-to-all(%a, %b), channel_id=10
   %w = (s32[], f32[4]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"40"}}
 }
 """
@@ -158,10 +263,12 @@ ENTRY %main (x: f32[4]) -> f32[4] {
     assert found == {
         "all-gather": {"count": 41, "bytes": 40 * 4 * 8 * 16 + 4 * 16},
         "all-reduce": {"count": 1, "bytes": 2 * 4 + 4 * 4},
-        "collective-permute": {"count": 120, "bytes": 120 * 4 * 4},
+        "collective-permute": {"count": 121, "bytes": 120 * 4 * 4 + 4 * 8},
         "reduce-scatter": {"count": 5, "bytes": 5 * 2 * 4},
+        "all-to-all": {"count": 2, "bytes": 2 * 6 * 4},  # what `shard_map` makes shares a channel
     }
-    assert link_bytes(found) == 40 * 4 * 8 * 16 + 4 * 16 + 2 * (2 * 4 + 4 * 4) + 120 * 4 * 4 + 5 * 2 * 4
+    permuted = 120 * 4 * 4 + 4 * 8
+    assert link_bytes(found) == 40 * 4 * 8 * 16 + 4 * 16 + 2 * (2 * 4 + 4 * 4) + permuted + 5 * 2 * 4 + 2 * 6 * 4
 
 
 class Chip:
@@ -179,6 +286,10 @@ def test_times_are_arithmetic():
     assert half["videos_per_second"] == pytest.approx(16 / seconds)
     assert half["tokens_per_day"] == pytest.approx(86_400 * 1e6 / seconds)
     assert half["chip_hours_per_1000_steps"] == pytest.approx(8 * 1000 * seconds / 3600)
+    assert all(row["reachable"] for row in found.at_mfu.values())
+    # A program that executes twice the model's operations reaches half of the peak at most, by this count.
+    doubled = compute(4e18, 8e18, [Chip("TPU v5p")] * 8, "v5p", 16, 1, {"memory": 0.0, "links": 0.0}).at_mfu
+    assert [doubled[share]["reachable"] for share in ("40%", "50%", "60%")] == [True, True, False]
     two_a_chip = compute(4e18, 5e18, [Chip("TPU7x")] * 8, "tpu7x", 16, 1, {"memory": 0.0, "links": 0.0}).at_mfu["50%"]
     assert two_a_chip["chip_hours_per_1000_steps"] * 3.6 == pytest.approx(4 * two_a_chip["seconds_per_step"])
     assert compute(1.0, 1.0, [Chip("cpu")], "local", 1, 1, {}).at_mfu is None
@@ -233,11 +344,106 @@ def test_mistakes_are_one_line(flags, says, capsys):
     assert says in err.splitlines()[-1]
 
 
-def test_only_the_diffusion_stage_is_planned(capsys):
-    assert cli.main(["plan", "--config", "world_text", "--hbm", "16"]) == 2
-    assert "only the diffusion stage is planned" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--config", "world_text", "--hbm", "16"], "the diffusion and autoencoder stages are planned"),
+        (["--config", "world_autoencoder", "--hbm", "16"], "is compiled, not reckoned: name a --topology"),
+        (["--config", "world_autoencoder", "--hbm", "16", "--sample"], "--sample plans a diffusion model"),
+        (["--config", "world", "--hbm", "16", "--search"], "name a --topology"),
+        (["--config", "world", "--hbm", "16", "--search", "--remat", "full"], "leave them out"),
+    ],
+)
+def test_what_is_not_planned_is_said(flags, says, capsys):
+    assert cli.main(["plan", *flags]) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_rows_that_devices_cannot_share_are_refused():
     with pytest.raises(UserError, match="3 rows cannot be split over data x fsdp = 8"):
         plan_training(override(from_dict(TINY), ["train.batch_size=3"]), find_target("local", None), {"fsdp": 8})
+
+
+def test_an_autoencoder_costs_what_its_convolutions_cost():
+    """`configs/world_autoencoder.py`: 1.0 GFLOP to encode a clip, 9.6 to decode it; three times that to learn both."""
+    config = load_config("world_autoencoder", ["train.batch_size=8", "optimizer.name=adamw"])
+    mesh = make_mesh({"data": 8})
+    whole = autoencoder_flops(config, autoencoder_program(config, mesh, jnp.dtype("bfloat16")), "tpu")
+    assert whole[0] == pytest.approx(8 * 3 * (1.0e9 + 9.6e9), rel=0.1)
+    assert whole[1] == pytest.approx(whole[0], rel=0.05)  # nothing is made twice
+    alone = override(config, ["reconstruction.train_encoder=False", "train.init=world"])
+    decoder = autoencoder_flops(alone, autoencoder_program(alone, mesh, jnp.dtype("bfloat16")), "tpu")
+    assert whole[0] - decoder[0] == pytest.approx(8 * 2 * 1.0e9, rel=0.25)
+
+
+def test_the_loader_is_asked_for_clips_of_the_plan():
+    config = with_size(load_config("wan_14b"), Stride(4, 8, 8), Extent(81, 720, 1280), 8)
+    sizes = json.loads(loader_sizes(config, Stride(4, 8, 8)))
+    assert sizes["latents"] == [21, 90, 160, 16]
+    assert sizes["row_tokens"] == 75_600
+
+
+@pytest.mark.slow
+def test_the_loader_is_measured_beside_what_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = override(from_dict(TINY), ["data.frames=5", "data.height=64", "data.width=64"])
+    made = plan_training(config, ONE, {})
+    assert loader_cost(config, made, False) is None  # nobody knows how fast the device is
+    made = dataclasses.replace(made, at_mfu={"50%": {"videos_per_second": 3.0}})
+    found = loader_cost(config, made, False)
+    assert found is not None
+    assert found["clips_per_second"] == 3.0
+    assert found["cores"] == pytest.approx(3.0 / found["clips_per_second_of_a_core_here"])
+    assert loader_cost(config, made, False) == found  # measured once
+
+
+# ------------------------------------------------------------------------------------------------------ for real TPUs
+
+
+def proof(flags: str, tmp_path, monkeypatch, capsys) -> dict:
+    pytest.importorskip("libtpu", reason="the TPU compiler comes with the tpu extra")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cli.main(["plan", *flags.split(), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.plans
+def test_the_search_ends_at_the_least_recomputation_on_a_real_grid(tmp_path, monkeypatch):
+    """A tiny model fits on every mesh, so that nothing is recomputed, nor sent but gradients."""
+    pytest.importorskip("libtpu", reason="the TPU compiler comes with the tpu extra")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    said: list[str] = []
+    found = search_training(from_dict(TINY), find_target("v5e:2x2", None), said.append)
+    assert found.plan.fits
+    assert found.plan.remat == "none"
+    assert found.plan.method == "compiled"
+    assert len(found.tried) == len(said) == 1
+    assert found.tried[0]["mesh"] == found.plan.mesh
+
+
+@pytest.mark.plans
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "devices", "rows", "frames", "parts"),
+    [
+        ("--config wan_14b --topology v5p-128 --batch-size 8 --mesh fsdp=8,sequence=8", 64, 8, 21, 8),
+        ("--config wan_14b_60s --topology v5p-512", 256, 16, 241, 16),
+    ],
+)
+def test_14b_fits(flags, devices, rows, frames, parts, tmp_path, monkeypatch, capsys):
+    """720p, of 81 frames and of a minute: it fits, holds what the state and a batch hold, and costs what the formula
+    says."""
+    made = proof(flags, tmp_path, monkeypatch, capsys)
+    assert made["method"] == "compiled"
+    assert made["fits"]
+    assert made["peak_bytes_per_device"] <= 0.92 * 95 * GIB
+    assert made["devices"] == devices
+    n, umt5 = 14_288_491_584, 5_680_910_336
+    assert made["parameters"] == n
+    N, L, D, ff, layers = frames * 45 * 80, 512, 5120, 13824, 40
+    state = (4 + 4 + 4 + 4) * n / parts + 2 * umt5 / parts
+    batch = rows / parts * (N * 64 * 4 + N * 3 * 4 + 3 * N * 4 + 3 * frames * 4 + 2 * L * 4)
+    assert made["argument_bytes_per_device"] == pytest.approx(state + batch, rel=0.01)
+    blocks = layers * (2 * N * (6 * D**2 + 2 * D * ff) + 4 * L * D**2 + 4 * N**2 * D + 4 * N * L * D)
+    borders = 2 * N * 64 * D * 2 + 2 * L * (4096 * D + D**2)
+    assert made["flops_per_step"] == pytest.approx(rows * 3 * (blocks + borders), rel=0.01)

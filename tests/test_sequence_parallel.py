@@ -25,6 +25,7 @@ CASES = {
     "all-to-all": ({"sequence": 8}, 8, {"all-to-all"}),
     "ring": ({"sequence": 8}, 1, {"collective-permute"}),
     "12 heads on 8": ({"sequence": 8}, 12, {"all-to-all", "collective-permute"}),
+    "7 heads and an empty one": ({"sequence": 8}, 7, {"all-to-all"}),
     "3 heads on 4, rows on 2": ({"data": 2, "sequence": 4}, 3, {"collective-permute"}),
     "6 heads, tensor x sequence": ({"tensor": 2, "sequence": 4}, 6, {"collective-permute"}),
     "all four axes": ({"fsdp": 2, "tensor": 2, "sequence": 2}, 4, {"all-to-all"}),

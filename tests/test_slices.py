@@ -154,7 +154,8 @@ def test_a_config_names_slices():
 def test_a_train_step_compiles_for_two_slices():
     """Two of v5e:2x2: a sum of gradients goes over both, and what is gathered in every layer over none."""
     pytest.importorskip("libtpu", reason="the TPU compiler comes with the tpu extra")
-    from sora_jax.bench.plan import find_target, plan_training
+    from sora_jax.bench.plan import plan_training
+    from sora_jax.bench.targets import find_target
 
     target = find_target("2xv5e-4", None)
     assert {device.slice_index for device in target.devices} == {0, 1}

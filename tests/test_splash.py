@@ -116,3 +116,22 @@ def test_long_rows_compile_to_the_kernel_on_a_tpu_mesh(topology, sizes):
     assert ("all-to-all" in program) == ("sequence" in sizes)
     scores = 4 * 4 * 4096 * 4096 * 4 // len(devices)
     assert compiled.memory_analysis().temp_size_in_bytes < scores / 2, "scores are never materialised"
+
+
+@pytest.mark.plans
+def test_a_minute_of_720p_compiles_to_the_kernel():
+    """867,600 tokens of 5 heads, forward and backward: nothing is described block by block in scalar memory."""
+    pytest.importorskip("libtpu", reason="the TPU compiler comes with the tpu extra")
+    from jax.experimental import topologies
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[:1]
+    whole = NamedSharding(make_mesh({"data": 1}, devices), PartitionSpec())
+    row = jax.ShapeDtypeStruct((1, 867_600, 5, 128), jnp.bfloat16, sharding=whole)
+    ids = jax.ShapeDtypeStruct((1, 867_600), jnp.int32, sharding=whole)
+
+    def loss(q, k, v, ids):
+        return jnp.sum(splash_attention(q, k, v, ids, ids).astype(jnp.float32))
+
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(row, row, row, ids).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 10 * 2**30

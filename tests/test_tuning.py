@@ -15,7 +15,7 @@ from etils import epath
 from flax import nnx
 
 from sora_jax import cli
-from sora_jax.config import Config, from_dict, override
+from sora_jax.config import Config, from_dict, load_config, override
 from sora_jax.errors import UserError
 from sora_jax.models.transformer import Transformer, TransformerConfig
 from sora_jax.pipeline import Pipeline
@@ -239,3 +239,44 @@ def test_what_does_not_fit_together_is_refused(config: Config):
     ):
         with pytest.raises(UserError, match=words):
             override(config, changes)
+
+
+SHRUNK = """
+transformer.n_layers=2 transformer.n_heads=2 transformer.head_dim=8 transformer.ffn_dim=32 transformer.frequency_dim=16
+autoencoder.base_dim=4 autoencoder.num_res_blocks=1
+data.source=world data.clips=12 data.held_out=2 data.frames=9 data.height=16 data.width=16 data.workers=0
+data.row_tokens=8 data.row_text=256 data.groups=8
+train.steps=1 train.batch_size=2 train.validate_every=0 train.sample_every=0
+train.mesh.data=1 train.mesh.fsdp=1 train.mesh.sequence=1
+"""
+
+
+def shrunk(name: str, model: Path) -> Config:
+    """A stage of the recipe for footage, tiny, beside the text encoder of `model`: clips of 9 frames of 16x16."""
+    text = load_folder(model).text_encoder_config
+    sizes = {key: getattr(text, key) for key in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")}
+    of_text = [f"text_encoder.{key}={value}" for key, value in sizes.items()]
+    return load_config(name, [*SHRUNK.split(), *of_text, f"transformer.text_dim={text.d_model}"])
+
+
+def test_the_stages_for_footage_go_on_from_one_another(tiny_model: Path, tmp_path: Path, monkeypatch):
+    """Each config finds the run before it where that one's command puts it; only the open model's name is changed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(stage: str, *overrides: str) -> list[str]:
+        said: list[str] = []
+        name = f"footage_{stage}"
+        train(override(shrunk(name, tiny_model), overrides), f"runs/{name}", say=said.append)
+        return [line for line in said if line.startswith(("starting", "keeping"))]
+
+    assert run("autoencoder") == []
+    assert run("images", f"train.init={tiny_model}") == [f"keeping text_encoder of {tiny_model} as they are"]
+    for stage, before in (("short", "runs/footage_images"), ("long", "runs/footage_short")):
+        assert run(stage) == [f"starting from transformer of {before}", f"keeping text_encoder of {before} as they are"]
+        assert set(load_run(f"runs/footage_{stage}").params) == {"transformer"}
+
+    made, kept = Pipeline.load("runs/footage_long", dtype="float32").folder, load_folder(tiny_model)
+    jax.tree.map(np.testing.assert_array_equal, made.text_encoder, kept.text_encoder)
+    assert made.transformer_config.in_channels == 16  # of the recipe's autoencoder, and not the open model's
+    assert made.tokenizer == kept.tokenizer
+    assert (made.defaults.frames, made.scheduler.shift) == (161, 8.0)  # of the last stage

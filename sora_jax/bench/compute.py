@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from sora_jax.bench.flops import program_flops
-from sora_jax.bench.programs import SamplingProgram, TrainingProgram
+from sora_jax.bench.programs import Program, TrainingProgram
 from sora_jax.config import Config
 from sora_jax.diffusion.levels import Levels
+from sora_jax.models.autoencoder import Autoencoder
 from sora_jax.models.structure import structure_of
 from sora_jax.training.adapters import complete, networks
+from sora_jax.training.autoencoder_step import MODULE
 from sora_jax.training.diffusion_step import DiffusionModules, diffusion_loss, read_text
 from sora_jax.training.metrics import peak_flops
 
@@ -51,7 +54,7 @@ class Compute:
     flops: float  # of the model: forward, and twice that again for what learns; recomputation is not counted
     executed_flops: float  # of the program as it is
     seconds_at_best: dict[str, float] | None  # "products", "memory", "links"
-    at_mfu: dict[str, dict[str, float]] | None  # "40%": seconds_per_step, videos_per_second, ...
+    at_mfu: dict[str, dict[str, float]] | None  # "40%": seconds_per_step, ...; reachable: by `seconds_at_best`
 
 
 def training_flops(config: Config, program: TrainingProgram, platform: str) -> tuple[float, float]:
@@ -72,19 +75,41 @@ def training_flops(config: Config, program: TrainingProgram, platform: str) -> t
     # of shapes, as everything here: `Levels` names arrays
     levels = Levels._make(jax.ShapeDtypeStruct(groups, dtype) for dtype in (jnp.float32, jnp.bool_, jnp.int32))
     state, kept, rows = program.state, program.kept, program.rows
+    # The model's are those of one device: what a mesh pads, tokens or heads that it does not divide, is not the model.
+    of_text = program_flops(text, state.params, kept, rows, platform=platform)
+    of_loss = program_flops(loss, state.params, kept, rows, levels, platform=platform)
     with jax.set_mesh(program.mesh):
-        of_text = program_flops(text, state.params, kept, rows, platform=platform)
-        of_loss = program_flops(loss, state.params, kept, rows, levels, platform=platform)
         executed = program_flops(program.step, state, rows, kept, platform=platform)
     learns = config.train.learns
     transformer = of_loss - of_text
     return (2 if learns == "lora" else 3) * transformer + (3 if learns == "all" else 1) * of_text, executed
 
 
-def sampling_flops(program: SamplingProgram, platform: str) -> float:
-    """In a guided solver step of all rows."""
+def autoencoder_flops(config: Config, program: TrainingProgram, platform: str) -> tuple[float, float]:
+    """(of the model, executed) in a train step of the autoencoder: three times encoder and decoder, or once an encoder
+    that is kept."""
+    graphdef = structure_of(lambda rngs: Autoencoder(config.autoencoder, rngs=rngs))
+    clips = jax.ShapeDtypeStruct(program.rows.shape, program.dtype)
+    latents = jax.eval_shape(lambda p, x: nnx.merge(graphdef, p).encode(x).mean, program.state.params[MODULE], clips)
+
+    def encode(params: Any, x: Any) -> Any:
+        return nnx.merge(graphdef, params[MODULE]).encode(x).mean
+
+    def decode(params: Any, x: Any) -> Any:
+        return nnx.merge(graphdef, params[MODULE]).decode(x)
+
     with jax.set_mesh(program.mesh):
-        return program_flops(program.step, *program.arguments, platform=platform)
+        of_encoder = program_flops(encode, program.state.params, clips, platform=platform)
+        of_decoder = program_flops(decode, program.state.params, latents, platform=platform)
+        executed = program_flops(program.step, *program.arguments, platform=platform)
+    return (3 if config.reconstruction.train_encoder else 1) * of_encoder + 3 * of_decoder, executed
+
+
+def sampling_flops(program: Program, platform: str) -> tuple[float, float]:
+    """(of the model, executed) in a guided solver step of all rows."""
+    of_model = program_flops(program.step, *program.arguments, platform=platform)
+    with jax.set_mesh(program.mesh):
+        return of_model, program_flops(program.step, *program.arguments, platform=platform)
 
 
 def compute(
@@ -99,6 +124,7 @@ def compute(
     if kind in BANDWIDTH:
         best |= {what: amount / getattr(BANDWIDTH[kind], what) for what, amount in traffic.items()}
     chips = len(devices) / (2 if kind == "tpu7x" else 1)
+    slowest = max(best.values())
     table = {}
     for share in SHARES:
         seconds = flops / (peak * len(devices) * share / 100)
@@ -107,6 +133,7 @@ def compute(
             "videos_per_second": rows / seconds,
             "tokens_per_day": 86_400 * tokens / seconds,
             "chip_hours_per_1000_steps": chips * 1000 * seconds / 3600,
+            "reachable": seconds >= slowest,  # recomputation alone may forbid 60 %
         }
     return Compute(flops, executed, best, table)
 
@@ -115,10 +142,12 @@ def compute(
 
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
-_COLLECTIVE = re.compile(rf"= (?P<shapes>\(?[a-z0-9]+\[[^=]*?) (?P<kind>{'|'.join(_KINDS)})(?:-start)?\(")
+_COLLECTIVE = re.compile(rf"= (?P<shapes>\(?[a-z0-9]+\[[^=]*?) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\(")
+_COMMENT = re.compile(r"/\*.*?\*/")  # "/*index=5*/" in the results of what has more than five
 _CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_FINISHED = re.compile(r" async-(?:done|update)\(")  # calls what was started once more
 _BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -130,26 +159,33 @@ def count_collectives(hlo: str) -> dict[str, dict[str, int]]:
     """Collectives that a compiled program runs, by kind: how often, and the bytes of their results on one device; in a
     loop as often as it turns.
 
-    What goes on beside other work stands in the text of a TPU's program twice, where it starts and where it is done:
-    a channel is counted once.
+    What goes on beside other work stands in the text of a TPU's program more than once, where it starts and, within
+    fusions, where it is done: of these a channel is counted once. Other collectives may share a channel.
     """
     computations, entry = _computations(hlo)
-    runs: dict[str, tuple[str, int, int]] = {}  # by channel: kind, times, bytes
+    plain: list[tuple[str, str | None, int, int]] = []  # kind, channel, times, bytes
+    fused: dict[tuple[str, str | None], tuple[int, int]] = {}  # the same, by kind and channel
 
-    def visit(name: str, times: int) -> None:
+    def visit(name: str, times: int, in_fusion: bool) -> None:
         for line in computations.get(name, ()):
             if match := _COLLECTIVE.search(line):
-                channel = _CHANNEL.search(line)
-                key = channel[1] if channel else f"{name} {line}"
-                before = runs.get(key, ("", 0, 0))[1]
-                runs[key] = (match["kind"], max(times, before), _bytes(match["shapes"]))
+                kind, channel = match["kind"], _CHANNEL.search(line)
+                if in_fusion and channel:
+                    before = fused.get((kind, channel[1]), (0, 0))[0]
+                    fused[kind, channel[1]] = (max(times, before), _result_bytes(match))
+                else:
+                    plain.append((kind, channel[1] if channel else None, times, _result_bytes(match)))
             turns = _turns(line, computations)
-            for called in _calls(line):
-                visit(called, times * turns)
+            if not _FINISHED.search(line):
+                for called in _calls(line):
+                    visit(called, times * turns, in_fusion or " fusion(" in line)
 
-    visit(entry, 1)
+    visit(entry, 1, False)
+    started = {(kind, channel) for kind, channel, _, _ in plain}
+    runs = [(kind, times, size) for kind, _, times, size in plain]
+    runs += [(kind, times, size) for (kind, channel), (times, size) in fused.items() if (kind, channel) not in started]
     found: dict[str, dict[str, int]] = {}
-    for kind, times, size in runs.values():
+    for kind, times, size in runs:
         total = found.setdefault(kind, {"count": 0, "bytes": 0})
         total["count"] += times
         total["bytes"] += times * size
@@ -175,7 +211,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     """The lines of each computation of a program, and the name of the one that is run."""
     computations: dict[str, list[str]] = {}
     current = entry = ""
-    for line in hlo.splitlines():
+    for line in _COMMENT.sub("", hlo).splitlines():
         if header := _HEADER.match(line):
             current = header[2]
             computations[current] = []
@@ -191,11 +227,16 @@ def _calls(line: str) -> Iterator[str]:
         yield from (name.strip().lstrip("%") for name in names.split(","))
 
 
-def _bytes(shapes: str) -> int:
-    total = 0
-    for dtype, dims in _SHAPE.findall(shapes):
+def _result_bytes(collective: re.Match[str]) -> int:
+    """Of what a collective gives. What is started gives its operands as well, before its results, and numbers that
+    stand for its progress; but an all-reduce its results alone."""
+    sizes = []
+    for dtype, dims in _SHAPE.findall(collective["shapes"]):
         size = _SIZES.get(dtype, 8)
         for n in dims.split(","):
             size *= int(n) if n else 1
-        total += size
-    return total
+        sizes.append((size, dims))
+    if collective["start"] and collective["kind"] != "all-reduce":
+        arrays = [one for one in sizes if one[1]]
+        sizes = arrays[len(arrays) // 2 :]
+    return sum(size for size, _ in sizes)

@@ -84,8 +84,7 @@ def dry_run(config: Config, workdir: epath.PathLike, *, force: bool = False) -> 
     peak = sum(memory.values()) + memory["weights"]
     peak_is = "what lies there, and gradients; activations come on top"
     if config.train.stage == "diffusion":
-        program, rows = training_program(config, mesh, dtype), config.train.batch_size // _rows(mesh)
-        peak = sum(memory.values()) + training_temporaries(config, program, rows, dtype)
+        peak = sum(memory.values()) + training_temporaries(config, training_program(config, mesh, dtype))
         peak_is = "what lies there, gradients and activations, by a formula; sora-jax plan asks the compiler"
     return DryRun(
         config=configs.to_dict(config),

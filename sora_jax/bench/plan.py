@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 import time
 from collections.abc import Mapping
@@ -20,115 +19,71 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sora_jax.bench.compute import compute, count_collectives, link_bytes, sampling_flops, training_flops
-from sora_jax.bench.programs import TrainingProgram, peak_bytes, placed_shapes, sampling_program, training_program
+from sora_jax.bench import reckon
+from sora_jax.bench.compute import (
+    autoencoder_flops,
+    compute,
+    count_collectives,
+    link_bytes,
+    sampling_flops,
+    training_flops,
+)
+from sora_jax.bench.memo import compilers, remembered
+from sora_jax.bench.programs import (
+    Program,
+    TrainingProgram,
+    autoencoder_program,
+    peak_bytes,
+    placed_shapes,
+    sampling_program,
+    training_program,
+)
+from sora_jax.bench.targets import Target
 from sora_jax.config import Config
-from sora_jax.errors import UserError, nearest
+from sora_jax.errors import UserError
 from sora_jax.models.structure import shapes_of
 from sora_jax.models.transformer import Transformer
-from sora_jax.runtime import compute_dtype
+from sora_jax.runtime import compute_dtype, cpu_fingerprint
 from sora_jax.shapes import Extent, Stride, latent_extent, token_extent
 from sora_jax.sharding import make_mesh
-from sora_jax.training.adapters import networks
+from sora_jax.training.adapters import learning, networks
 
-GIB = 2**30
 # Of a device's memory, for what is not counted: fragmentation, the loader's next batch, buffers of links.
 HEADROOM = 0.08
-
-# Memory of one JAX device, GiB, and the grids that product names stand for.
-HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
-FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}  # by chips
-CUBES = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8", 1024: "8x8x8"}
-PRODUCTS = {
-    **{f"{kind}-{n}": f"{kind}:{grid}" for kind in ("v5e", "v6e") for n, grid in FLAT.items()},
-    **{f"{kind}-{n}": f"{kind}:{grid}" for kind in ("v4", "v5p", "tpu7x") for n, grid in CUBES.items()},
-}
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a program is planned for. `devices` are None where it is reckoned, not compiled."""
-
-    name: str
-    devices: list[Any] | None
-    hbm_bytes: int  # of one device
-    slices: int = 1  # of that grid, which a slower network connects
+ANSWERS = "compiled 1"  # raise it when other things are read out of a compiled program: answers that are kept go stale
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `sora-jax plan` reports. Bytes are of one device; fields are None where nothing was compiled."""
+    """What `sora-jax plan` reports. Bytes are of one device; fields are None where nothing was compiled.
+
+    Seconds and what follows from them (`seconds_at_best`, `at_mfu`) are arithmetic from vendors' figures: nothing was
+    timed but the compiler.
+    """
 
     program: str
     target: str
     method: str  # "compiled", "reckoned", or "refused": the compiler would not, for want of memory
     mesh: dict[str, int]
-    parameters: int  # of the transformer
+    remat: str | None  # what training recomputes
+    parameters: int  # of the transformer; in the autoencoder stage of the autoencoder
     devices: int
+    chips: int
     rows: int  # videos a step
-    tokens: int  # a step, of all rows
+    tokens: int  # a step, of all rows; in the autoencoder stage latents
     flops_per_step: float  # of the model: forward, and twice that again for what learns; without recomputation
     executed_flops_per_step: float  # of the program as it is
-    seconds_at_best: dict[str, float] | None  # arithmetic: "products", "memory", "links", by the vendor's figures
-    at_mfu: dict[str, dict[str, float]] | None  # arithmetic: "40%": seconds_per_step, videos_per_second, ...
-    argument_bytes_per_device: int
-    peak_bytes_per_device: int
-    hbm_bytes_per_device: int
+    seconds_at_best: dict[str, float] | None  # "products", "memory", "links": no step is faster than any of them
+    at_mfu: dict[str, dict[str, float]] | None  # "40%": seconds_per_step, videos_per_second, ..., reachable
+    argumentbytes_per_device: int
+    peakbytes_per_device: int
+    hbmbytes_per_device: int
     fits: bool  # with a headroom of `HEADROOM`
     parts: dict[str, int]  # what of the arguments is what, and what the step needs beside them
     collectives: dict[str, dict[str, int]] | None  # kind: how many a step runs, and their bytes on one device
     compile_seconds: float | None
+    compiled_on: str | None  # the day, where the compiler's answer was kept from an earlier plan
     advice: tuple[str, ...] = ()  # what would make it fit
-
-
-# --- targets -------------------------------------------------------------------------------------------------------
-
-
-def find_target(topology: str | None, hbm: float | None) -> Target:
-    """`topology` is a grid ("v5p:4x4x4"), a product ("v5p-128"), several slices of one ("2xv5p-128") or "local"; or
-    `hbm` GiB of one device are given."""
-    if (topology is None) == (hbm is None):
-        raise UserError("name what is planned for: --topology GRID (or local), or --hbm GIB for one device")
-    if hbm is not None:
-        if not hbm > 0:
-            raise UserError(f"--hbm must be > 0, not {hbm:g}")
-        return Target(f"one device of {hbm:g} GiB", None, int(hbm * GIB))
-    assert topology is not None
-    if topology == "local":
-        return Target("local", jax.devices(), _local_memory())
-    several = re.fullmatch(r"([1-9]\d*)x(\D.*)", topology)
-    slices, one = (int(several[1]), several[2]) if several else (1, topology)
-    grid = PRODUCTS.get(one, one)
-    kind = grid.partition(":")[0]
-    if ":" not in grid or kind not in HBM:
-        raise UserError(f'unknown topology "{topology}"; {nearest(one, [*PRODUCTS, "local"])}')
-    name = f"{grid} x {slices}" if slices > 1 else grid
-    return Target(name, _tpu_devices(grid, slices), HBM[kind] * GIB, slices)
-
-
-def _local_memory() -> int:
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # the CPU computes in the host's memory
-
-
-def _tpu_devices(grid: str, slices: int) -> list[Any]:
-    import importlib.util
-
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for TPU needs the TPU compiler (no TPU): pip install 'sora-jax[tpu]'")
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if grid.endswith(":1x1") else {}
-    if slices > 1:
-        options["num_slices"] = slices
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=grid, **options).devices)
-    except Exception as error:  # noqa: BLE001  the compiler's own error, of no narrower type
-        raise UserError(f'the TPU compiler knows no topology "{grid}": {str(error).splitlines()[0]}') from None
 
 
 # --- sizes ---------------------------------------------------------------------------------------------------------
@@ -152,117 +107,133 @@ def with_size(config: Config, stride: Stride, extent: Extent, rows: int | None) 
 # --- plans ---------------------------------------------------------------------------------------------------------
 
 
-def plan_training(config: Config, target: Target, mesh_sizes: Mapping[str, int]) -> Plan:
-    """The train step of `config`: weights, optimizer, average, what is kept, a batch, and what the step needs."""
-    mesh = _mesh(target, mesh_sizes)
-    rows = config.train.batch_size
-    shards = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.accumulate
-    if rows % shards:
-        passes = f" in {config.train.accumulate} passes" if config.train.accumulate > 1 else ""
-        devices = shards // config.train.accumulate
-        raise UserError(f"{rows} rows cannot be split over data x fsdp = {devices} devices{passes}: give --batch-size")
-    dtype = _dtype(target)
-    program = training_program(config, mesh, dtype)
-    parts = {
-        "weights": bytes_per_device(program.state.params),
-        "optimizer": bytes_per_device(program.state.opt_state),
-        "average": bytes_per_device(program.state.ema),
-        "kept modules": bytes_per_device(program.kept),
-        "batch": bytes_per_device(program.rows),
-    }
-    flops = training_flops(config, program, _platform(target))
+def plan_training(config: Config, target: Target, mesh_sizes: Mapping[str, int], *, again: bool = False) -> Plan:
+    """The train step of `config`: weights, optimizer, average, what is kept, a batch, and what the step needs.
+
+    `mesh_sizes` take the place of `config.train.mesh`, which one device has no use for. `again` compiles although the
+    compiler's answer for this program is kept.
+    """
+    mesh = _mesh(target, mesh_sizes or (dataclasses.asdict(config.train.mesh) if target.devices else {}))
+    _check_rows(config.train.batch_size, mesh, config.train.accumulate)
+    dtype, platform = _dtype(target), _platform(target)
+    autoencoder = config.train.stage == "autoencoder"
+    if autoencoder and target.devices is None:
+        raise UserError("the autoencoder stage is compiled, not reckoned: name a --topology")
+    program = (autoencoder_program if autoencoder else training_program)(config, mesh, dtype)
+    learns = config.train.learns
     return _finish(
         config,
         target,
-        mesh,
-        f"train step, {config.train.learns} learns" if config.train.learns != "all" else "train step",
-        rows,
-        flops,
-        parts,
-        compile_=program.compile if target.devices else None,
-        reckoned=training_temporaries(config, program, rows // shards, dtype),
+        program,
+        "autoencoder step" if autoencoder else f"train step, {learns} learns" if learns != "all" else "train step",
+        config.train.batch_size,
+        _size(program.state.params) if autoencoder else module_sizes(config)["transformer"],
+        (autoencoder_flops if autoencoder else training_flops)(config, program, platform),
+        parts={
+            "weights": bytes_per_device(program.state.params),
+            "optimizer": bytes_per_device(program.state.opt_state),
+            "average": bytes_per_device(program.state.ema),
+            "kept modules": bytes_per_device(program.kept),
+            "batch": bytes_per_device(program.rows),
+        },
+        reckoned=0 if autoencoder else training_temporaries(config, program),
+        again=again,
     )
 
 
 def plan_sampling(
-    config: Config, target: Target, mesh_sizes: Mapping[str, int], rows: int, *, offload: bool = False
+    config: Config,
+    target: Target,
+    mesh_sizes: Mapping[str, int],
+    rows: int,
+    *,
+    offload: bool = False,
+    again: bool = False,
 ) -> Plan:
     """A guided solver step of `rows` videos, beside the text encoder unless that is offloaded, all in bfloat16."""
     mesh = _mesh(target, mesh_sizes)
+    if rows > 1:
+        _check_rows(rows, mesh)
     dtype = _dtype(target)
     transformer, text = (_weights(config, name, mesh, dtype) for name in ("transformer", "text_encoder"))
-    parts = {"transformer": transformer} | ({} if offload else {"text encoder": text})
     program = sampling_program(config, mesh, dtype, rows)
-    flops = sampling_flops(program, _platform(target))
     return _finish(
         config,
         target,
-        mesh,
+        program,
         "sampler step",
         rows,
-        (flops, flops),
-        parts,
-        compile_=program.compile if target.devices else None,
-        reckoned=2 * rows * _layer_activations(config, config.data.row_tokens, dtype),
+        module_sizes(config)["transformer"],
+        sampling_flops(program, _platform(target)),
+        parts={"transformer": transformer} | ({} if offload else {"text encoder": text}),
+        reckoned=int(2 * rows * reckon.layer_activations(config.transformer, config.data.row_tokens, dtype)),
+        again=again,
     )
 
 
 def _finish(
     config: Config,
     target: Target,
-    mesh: Mesh,
-    program: str,
+    program: Program,
+    name: str,
     rows: int,
+    parameters: int,
     flops: tuple[float, float],
+    *,
     parts: dict[str, int],
-    compile_: Any,
     reckoned: int,
+    again: bool,
 ) -> Plan:
-    method, seconds, collectives = "reckoned", None, None
+    sampling, autoencoder = name == "sampler step", config.train.stage == "autoencoder"
+    mesh = program.mesh
+    compiled: dict[str, Any] = {}
+    compiled_on = None
     arguments, peak = sum(parts.values()), sum(parts.values()) + reckoned
-    if compile_ is not None:
-        began = time.perf_counter()
-        try:
-            compiled = compile_()
-        except jax.errors.JaxRuntimeError as error:
-            method, peak = "refused", _over_budget(str(error))
-        else:
-            method, seconds = "compiled", round(time.perf_counter() - began, 1)
-            found = compiled.memory_analysis()
-            outside = parts.get("text encoder", 0)  # lies on the devices, and is no argument of the step
-            arguments, peak = int(found.argument_size_in_bytes), (peak_bytes(compiled) or 0) + outside
-            collectives = count_collectives(compiled.as_text())
+    if target.devices is not None:
+        compiled, compiled_on = _ask_compiler(program, target, again)
+        # The text encoder lies on the devices while the steps are made, and is no argument of them.
+        peak = compiled["peak"] + parts.get("text encoder", 0) * (not compiled["refused"])
+        arguments = compiled["arguments"] or arguments
     parts = parts | {"the step itself": max(peak - sum(parts.values()), 0)}
     # What a step reads at least once: all that lies there; training writes it again, and what it keeps meanwhile too.
-    memory = arguments if program == "sampler step" else 2 * arguments + 2 * parts["the step itself"]
+    memory = arguments if sampling else 2 * arguments + 2 * parts["the step itself"]
+    collectives = compiled.get("collectives")
     traffic = {"memory": float(memory)}
     if target.slices == 1:  # what goes between slices takes another network, whose speed is not the chips' to say
         traffic["links"] = link_bytes(collectives or {})
-    tokens = rows * config.data.row_tokens
-    devices = target.devices or []
-    work = compute(*flops, devices, target.name.partition(":")[0], rows, tokens, traffic)
+    work = compute(
+        *flops,
+        target.devices or [],
+        target.kind,
+        rows,
+        tokens := rows * (_latents(config) if autoencoder else config.data.row_tokens),
+        traffic,
+    )
     fits = peak <= (1 - HEADROOM) * target.hbm_bytes
     return Plan(
-        program=program,
+        program=name,
         target=target.name,
-        method=method,
+        method="refused" if compiled.get("refused") else "compiled" if compiled else "reckoned",
         mesh={axis: n for axis, n in mesh.shape.items() if n > 1},
-        parameters=_parameters(config),
+        remat=None if sampling or autoencoder else config.transformer.remat,
+        parameters=parameters,
         devices=mesh.size,
+        chips=target.chips,
         rows=rows,
         tokens=tokens,
         flops_per_step=work.flops,
         executed_flops_per_step=work.executed_flops,
         seconds_at_best=work.seconds_at_best,
         at_mfu=work.at_mfu,
-        argument_bytes_per_device=arguments,
-        peak_bytes_per_device=peak,
-        hbm_bytes_per_device=target.hbm_bytes,
+        argumentbytes_per_device=arguments,
+        peakbytes_per_device=peak,
+        hbmbytes_per_device=target.hbm_bytes,
         fits=fits,
         parts=parts,
         collectives=collectives,
-        compile_seconds=seconds,
-        advice=() if fits else tuple(_advice(config, mesh, parts, program)),
+        compile_seconds=compiled.get("seconds"),
+        compiled_on=compiled_on,
+        advice=() if fits else tuple(_advice(config, mesh, parts, name)),
     )
 
 
@@ -270,6 +241,10 @@ def _advice(config: Config, mesh: Mesh, parts: Mapping[str, int], program: str) 
     """What would help, most first; said by where the bytes are."""
     advice = []
     largest = max(parts, key=lambda name: parts[name])
+    if config.train.stage == "autoencoder":
+        if config.train.batch_size > mesh.shape["data"] * mesh.shape["fsdp"]:
+            advice.append("fewer clips a device: --batch-size")
+        return [*advice, "split the frames: --mesh sequence=N", "smaller or shorter clips: --height --width --frames"]
     if largest == "the step itself":
         if program != "sampler step" and config.transformer.remat != "full":
             advice.append("recompute activations: --remat full")
@@ -293,6 +268,13 @@ def _advice(config: Config, mesh: Mesh, parts: Mapping[str, int], program: str) 
 def _mesh(target: Target, sizes: Mapping[str, int]) -> Mesh:
     devices = target.devices or jax.devices()[:1]
     return make_mesh(dict(sizes) or ({"data": 1, "fsdp": -1} if len(devices) > 1 else {"data": 1}), devices)
+
+
+def _check_rows(rows: int, mesh: Mesh, accumulate: int = 1) -> None:
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (devices * accumulate):
+        passes = f" in {accumulate} passes" if accumulate > 1 else ""
+        raise UserError(f"{rows} rows cannot be split over data x fsdp = {devices} devices{passes}: give --batch-size")
 
 
 def _platform(target: Target) -> str:
@@ -323,31 +305,64 @@ def _weights(config: Config, module: str, mesh: Mesh, dtype: jnp.dtype) -> int:
     return bytes_per_device(placed_shapes(shapes_of(networks(config)[module]), mesh, dtype))
 
 
-def _parameters(config: Config) -> int:
+def module_sizes(config: Config) -> dict[str, int]:
+    """Parameters of the transformer (without adapters) and of the text encoder."""
     plain = dataclasses.replace(config.transformer, lora_rank=0)
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes_of(lambda rngs: Transformer(plain, rngs=rngs))))
+    make = {**networks(config), "transformer": lambda rngs: Transformer(plain, rngs=rngs)}
+    return {name: _size(shapes_of(build)) for name, build in make.items()}
 
 
-def _layer_activations(config: Config, tokens: int, dtype: jnp.dtype) -> int:
-    """What one layer of one row keeps at once: about ten arrays of the model's width, and two of the MLP's."""
-    t = config.transformer
-    return tokens * (10 * t.dim + 2 * t.ffn_dim) * dtype.itemsize
+def parameter_counts(config: Config) -> tuple[int, int]:
+    """Of the diffusion stage: what learns, and what is kept."""
+    modules = {name: shapes_of(build) for name, build in networks(config).items()}
+    return tuple(_size(part) for part in learning(config, modules))  # type: ignore[return-value]
 
 
-def training_temporaries(config: Config, program: TrainingProgram, rows: int, dtype: jnp.dtype) -> int:
-    """Reckoned: gradients as large as what learns, a layer at work, and what remat lets the layers keep."""
-    t, tokens = config.transformer, config.data.row_tokens
-    working = 3 * rows * _layer_activations(config, tokens, dtype)
-    kept = {
-        "offload": 0,
-        "full": tokens * t.dim * dtype.itemsize,
-        "dots": tokens * (7 * t.dim + t.ffn_dim) * dtype.itemsize,  # those of the text are few
-    }
-    of_layer = kept.get(t.remat, _layer_activations(config, tokens, dtype))
-    return bytes_per_device(program.state.params) + working + rows * t.n_layers * of_layer
+def _size(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _latents(config: Config) -> int:
+    data = config.data
+    return latent_extent(Extent(data.frames, data.height, data.width), config.autoencoder.stride).volume
+
+
+def training_temporaries(config: Config, program: TrainingProgram) -> int:
+    """Reckoned: gradients as large as what learns, and what `reckon` says of activations."""
+    shape = program.mesh.shape
+    rows = config.train.batch_size // (shape["data"] * shape["fsdp"] * config.train.accumulate)
+    tokens = rows * -(-config.data.row_tokens // shape["sequence"])
+    return bytes_per_device(program.state.params) + int(reckon.activations(config.transformer, tokens, program.dtype))
 
 
 # --- what the compiler says ----------------------------------------------------------------------------------------
+
+
+def _ask_compiler(program: Program, target: Target, again: bool) -> tuple[dict[str, Any], str | None]:
+    """What the compiler says of a program (bytes of one device), and the day on which it said so if not now."""
+    lowered = program.lower()
+    machine = [target.name, *sorted({device.device_kind for device in program.mesh.devices.flat})]
+    if target.name == "local":
+        machine += [str(program.mesh.size), cpu_fingerprint()]
+
+    def compile_() -> dict[str, Any]:
+        began = time.perf_counter()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            return {"refused": True, "peak": _over_budget(str(error)), "arguments": None}
+        found = compiled.memory_analysis()
+        return {
+            "refused": False,
+            "seconds": round(time.perf_counter() - began, 1),
+            "arguments": int(found.argument_size_in_bytes),
+            "peak": peak_bytes(compiled) or 0,
+            "statistics": {name: getattr(found, name) for name in dir(found) if name.endswith("_in_bytes")},
+            "collectives": count_collectives(compiled.as_text()),
+        }
+
+    return remembered([ANSWERS, *machine, *compilers(), lowered.as_text()], compile_, again=again)
+
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

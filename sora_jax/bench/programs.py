@@ -1,17 +1,19 @@
-"""The two programs that most time goes into, for any mesh: a step of training and a step of sampling.
+"""The programs that most time goes into, for any mesh: a step of training (of either network) and a step of sampling.
 
-Both are built from a config alone, with shapes in place of arrays, so that they can be compiled for machines that are
+They are built from a config alone, with shapes in place of arrays, so that they can be compiled for machines that are
 not at hand (TPU topologies) as well as run here.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -19,31 +21,56 @@ from sora_jax import sharding
 from sora_jax.config import Config
 from sora_jax.diffusion.guidance import classifier_free_guidance, guided_condition
 from sora_jax.diffusion.sampler import SamplerState, denoise, find_solver
+from sora_jax.models.autoencoder import Autoencoder
 from sora_jax.models.structure import parameters_of, shapes_of, structure_of
 from sora_jax.models.transformer import model_time
-from sora_jax.shapes import Condition
+from sora_jax.shapes import Condition, Stride
 from sora_jax.tokens.packing import PackedRows
 from sora_jax.training.adapters import learning, networks
+from sora_jax.training.autoencoder_step import MODULE, make_autoencoder_step
 from sora_jax.training.diffusion_step import DiffusionModules, make_diffusion_step
 from sora_jax.training.optimizer import make_optimizer
 from sora_jax.training.state import TrainState, abstract_state, init_state, make_init
+from sora_jax.weights.component import read_config
+from sora_jax.weights.shipped import shipped_models
+from sora_jax.weights.wan import AUTOENCODER
 
 
 @dataclass(frozen=True)
-class TrainingProgram:
-    """`step(state, rows, kept)`, and the shapes and shardings of what it takes."""
+class Program:
+    """`step(*arguments)`, of which there are shapes and shardings."""
 
     step: Any
     mesh: Mesh
-    state: TrainState
-    rows: PackedRows
-    kept: dict[str, Any]  # modules that do not learn
+    arguments: tuple[Any, ...]
+
+    def lower(self) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(*self.arguments)
+
+    def compile(self) -> Any:
+        return self.lower().compile()
+
+
+@dataclass(frozen=True)
+class TrainingProgram(Program):
+    """Its arguments are the state, a batch, and in the diffusion stage the modules that do not learn."""
+
     init: Any
     dtype: jnp.dtype
 
-    def compile(self) -> Any:
-        with jax.set_mesh(self.mesh):
-            return self.step.lower(self.state, self.rows, self.kept).compile()
+    @property
+    def state(self) -> TrainState:
+        return self.arguments[0]
+
+    @property
+    def rows(self) -> Any:
+        """Packed rows; in the autoencoder stage uint8 clips [B, T, H, W, 3]."""
+        return self.arguments[1]
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        return self.arguments[2] if self.arguments[2:] else {}
 
     def start(self) -> TrainState:
         return init_state(self.init, jax.random.key(0), self.mesh)
@@ -73,8 +100,39 @@ def training_program(config: Config, mesh: Mesh, dtype: jnp.dtype) -> TrainingPr
     )
     state = abstract_state(init, jax.random.key(0), mesh)
     batch = sharding.batch_sharding(mesh)
-    rows = jax.tree.map(lambda leaf: _placed(leaf, batch), full_rows(config))
-    return TrainingProgram(step, mesh, state, rows, placed_shapes(kept, mesh, dtype), init, dtype)
+    one = full_rows(dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=1)))
+    rows = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((config.train.batch_size, *leaf.shape[1:]), leaf.dtype, sharding=batch), one
+    )
+    return TrainingProgram(step, mesh, (state, rows, placed_shapes(kept, mesh, dtype)), init, dtype)
+
+
+def autoencoder_program(config: Config, mesh: Mesh, dtype: jnp.dtype) -> TrainingProgram:
+    """The train step of the autoencoder of `config` on whole clips of `config.data`."""
+    make, data = lambda rngs: Autoencoder(config.autoencoder, rngs=rngs), config.data
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    init = make_init(lambda key: {MODULE: parameters_of(make(nnx.Rngs(params=key)))}, optimizer)
+    step = make_autoencoder_step(
+        structure_of(make),
+        config.autoencoder,
+        optimizer,
+        config.reconstruction,
+        clip_norm=config.optimizer.clip_norm,
+        spike_sigmas=config.optimizer.spike_sigmas,
+        ema_decay=config.train.ema,
+        dtype=dtype,
+        accumulate=config.train.accumulate,
+    )
+    shape = (config.train.batch_size, data.frames, data.height, data.width, 3)
+    clips = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding.batch_sharding(mesh))
+    return TrainingProgram(step, mesh, (abstract_state(init, jax.random.key(0), mesh), clips), init, dtype)
+
+
+def autoencoder_stride(config: Config) -> Stride:
+    """Of the autoencoder that the config names, where it is at hand; else of the one it describes."""
+    folder = epath.Path(shipped_models().get(config.data.autoencoder, config.data.autoencoder)) / AUTOENCODER.folder
+    described = read_config(folder / "config.json", AUTOENCODER) if (folder / "config.json").exists() else None
+    return (described or config.autoencoder).stride
 
 
 def placed_shapes(params: Any, mesh: Mesh, dtype: jnp.dtype) -> Any:
@@ -109,20 +167,7 @@ def full_rows(config: Config, seed: int = 0) -> PackedRows:
     )
 
 
-@dataclass(frozen=True)
-class SamplingProgram:
-    """`step(*arguments)`, of which there are shapes and shardings."""
-
-    step: Any
-    mesh: Mesh
-    arguments: tuple[Any, ...]
-
-    def compile(self) -> Any:
-        with jax.set_mesh(self.mesh):
-            return self.step.lower(*self.arguments).compile()
-
-
-def sampling_program(config: Config, mesh: Mesh, dtype: jnp.dtype, rows: int = 1) -> SamplingProgram:
+def sampling_program(config: Config, mesh: Mesh, dtype: jnp.dtype, rows: int = 1) -> Program:
     """One guided solver step of `rows` videos for `mesh`; the batch lies over its data axes."""
     transformer, data, solver = config.transformer, config.data, find_solver(config.sample.solver)
     make = networks(config)["transformer"]
@@ -155,11 +200,7 @@ def sampling_program(config: Config, mesh: Mesh, dtype: jnp.dtype, rows: int = 1
         {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place) for name, shape in shapes.items()},
         [jax.ShapeDtypeStruct((rows, L, transformer.text_dim), dtype, sharding=place)] * 2,
     )
-    return SamplingProgram(jax.jit(step), mesh, arguments)
-
-
-def _placed(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    return Program(jax.jit(step), mesh, arguments)
 
 
 def peak_bytes(compiled: Any) -> int | None:

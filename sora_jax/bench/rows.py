@@ -6,15 +6,22 @@ of repetitions that together take about two seconds or more.
 
 from __future__ import annotations
 
+import json
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sora_jax.bench.timing import median_seconds
+from sora_jax.shapes import Extent, Stride, latent_extent
+
+if TYPE_CHECKING:
+    from sora_jax.config import Config
 
 PROMPT = "a red ball bounces on a blue floor"
 
@@ -76,50 +83,52 @@ def world_train_step(model: str) -> float:
     return median_seconds(step)
 
 
-def noise_cache(folder: Path, clips: int) -> None:
-    """A latent cache of the world's form, of noise."""
+def noise_cache(folder: Path, clips: int, extent: Sequence[int] = (5, 4, 4, 32)) -> None:
+    """A latent cache of noise, of clips of that extent (the world's form)."""
     from sora_jax.data.latents import CacheInfo, LatentRecord, LatentWriter
 
     rng = np.random.default_rng(0)
-    info = CacheInfo("noise", "0", (4, 16, 16), 32, {"bench": clips})
+    info = CacheInfo("noise", "0", (4, 16, 16), extent[-1], {"bench": clips})
     writer = LatentWriter(folder, info, clips=clips)
     for shard in writer.missing():
         with writer.shard(shard) as out:
             for index in range(shard.start, shard.stop):
-                latents = rng.standard_normal((5, 4, 4, 32), np.float32).astype(np.float16)
+                latents = rng.standard_normal(extent, np.float32).astype(np.float16)
                 out.add(LatentRecord(latents, (PROMPT,), (PROMPT,), 8.0, f"noise/{index}", (17, 64, 64)))
 
 
-def loader_clip(model: str) -> float:
-    """One clip through the packed loader on one core: planned from its header, read from a latent cache, filled in."""
+def loader_clip(model: str, sizes: str = "") -> float:
+    """One clip through the packed loader on one core: planned from its header, read from a latent cache, filled in.
+    `sizes` are those of a config's clips and rows (`loader_sizes`); the config world's by default."""
     from sora_jax.config import load_config
     from sora_jax.data.latents import LatentSource
     from sora_jax.data.loader import make_loader
     from sora_jax.models.tokenizer import ByteTokenizer
 
     del model  # latents are noise here
-    data = load_config("world").data
+    chosen = json.loads(sizes or loader_sizes(load_config("world"), Stride(4, 16, 16)))
+    extent, patch = chosen.pop("latents"), Stride(*chosen.pop("patch"))
+    values = math.prod(extent)
+    clips, rows = (max(1, min(most, LOADER_VALUES // values)) for most in (512, 64))
+    clips = max(clips, 4)
+    # Large clips outweigh their planning: a few steps of a plan tell as much as all.
+    chosen["plan_steps"] = min(chosen["plan_steps"], max(1, 8 * LOADER_VALUES // (rows * values)))
     with tempfile.TemporaryDirectory() as folder:
-        noise_cache(Path(folder) / "latents", clips=512)
+        noise_cache(Path(folder) / "latents", clips, extent)
         loader = make_loader(
             LatentSource(Path(folder) / "latents"),
             tokenize=ByteTokenizer().encode,
-            rows=64,
-            row_tokens=data.row_tokens,
-            row_text=data.row_text,
-            row_groups=data.groups,
-            image_share=data.image_share,
-            caption_dropout=data.caption_dropout,
-            look_ahead=data.look_ahead,
-            plan_steps=data.plan_steps,
+            rows=rows,
+            patch=patch,
             prefetch=0,
+            **chosen,
         )
         per_plan: list[int] = []
 
         def plan() -> None:
             """All steps of one plan: the first pays for the planning, the others are filled only."""
             before = loader.stats.clips
-            for _ in range(data.plan_steps):
+            for _ in range(chosen["plan_steps"]):
                 next(loader)
             per_plan.append(loader.stats.clips - before)
 
@@ -128,6 +137,28 @@ def loader_clip(model: str) -> float:
         finally:
             loader.close()
     return seconds / statistics.mean(per_plan)
+
+
+LOADER_VALUES = 2**25  # of latents in the cache, and in a batch, of clips that are large
+
+
+def loader_sizes(config: Config, stride: Stride) -> str:
+    """What `loader_clip` takes for the clips and rows of `config`, whose autoencoder has that stride; as JSON."""
+    data, transformer = config.data, config.transformer
+    extent = latent_extent(Extent(data.frames, data.height, data.width), stride, transformer.patch)
+    return json.dumps(
+        {
+            "latents": (*extent, transformer.in_channels),
+            "patch": transformer.patch,
+            "row_tokens": data.row_tokens,
+            "row_text": data.row_text,
+            "row_groups": data.groups,
+            "image_share": data.image_share,
+            "caption_dropout": data.caption_dropout,
+            "look_ahead": data.look_ahead,
+            "plan_steps": data.plan_steps,
+        }
+    )
 
 
 def world_render(model: str) -> float:
@@ -145,7 +176,7 @@ def world_render(model: str) -> float:
     return median_seconds(batch) / size
 
 
-ROWS: dict[str, Callable[[str], float]] = {
+ROWS: dict[str, Callable[..., float]] = {
     "world-sampler-step": world_sampler_step,
     "world-train-step": world_train_step,
     "autoencoder-decode": autoencoder_decode,

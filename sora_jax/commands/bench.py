@@ -20,6 +20,7 @@ EXAMPLES = """
     sora-jax bench
     sora-jax bench world-train-step loader --json
     sora-jax bench first-video-cold first-video-warm
+    sora-jax bench loader --config wan_14b
 """
 
 # name: what one unit of it is
@@ -47,12 +48,13 @@ ROUNDS = 2  # of ours and the reference's in turn
 RATES = {"loader": "clips/s", "world-render": "clips/s", "world-train-step": "steps/s"}
 ONE_CORE = ("loader", "world-render")
 
-# Runs one row in a process of its own and prints its seconds last: module, row, model, and whether on one core.
+# Runs one row in a process of its own and prints its seconds last: module, row, whether on one core, and what the row
+# takes.
 CHILD = """
 import importlib, os, sys
-if sys.argv[4:] and hasattr(os, "sched_setaffinity"):
+if sys.argv[3] and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core
-print(importlib.import_module(sys.argv[1]).ROWS[sys.argv[2]](sys.argv[3]))
+print(importlib.import_module(sys.argv[1]).ROWS[sys.argv[2]](*sys.argv[4:]))
 """
 
 
@@ -60,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing = "; ".join(f"{name}: {what}" for name, what in ROWS.items())
     parser.add_argument("row", nargs="*", metavar="ROW", help=f"what to measure (everything). {listing}")
     parser.add_argument("--model", default="world", metavar="MODEL", help="what is sampled (world)")
+    parser.add_argument("--config", default="world", metavar="NAME|PATH", help="whose clips the loader reads (world)")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
 
 
@@ -70,6 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sora_jax.weights.shipped import find_model
 
     find_model(args.model)  # says at once that there is none
+    arguments = {"loader": loader_arguments(args.config)}
     rows = []
     for name in args.row or (name for name in ROWS if name not in NAMED_ONLY):
         # A row has a reference where something else that does the same work is timed beside it.
@@ -77,7 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if reference:
             (seconds, peak), theirs = alternate(name, args.model)
         else:
-            (seconds, peak), theirs = measure(name, args.model), None
+            (seconds, peak), theirs = measure(name, args.model, arguments.get(name, ())), None
         rows.append(
             {
                 "name": name,
@@ -93,6 +97,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 rate = f"{theirs / seconds:10.2f} x the reference"
             print(f"{name:24} {seconds:10.4f} s {peak / 2**20:8.0f} MiB {rate:28} {ROWS[name]}", flush=True)
     return {"rows": rows}
+
+
+def loader_arguments(name: str) -> list[str]:
+    """What the row `loader` takes for the clips of the config `name`."""
+    from sora_jax.bench.programs import autoencoder_stride
+    from sora_jax.bench.rows import loader_sizes
+    from sora_jax.config import load_config
+
+    config = load_config(name)
+    return [loader_sizes(config, autoencoder_stride(config))]
 
 
 def reference_name() -> str | None:
@@ -113,7 +127,7 @@ def alternate(name: str, model: str) -> tuple[Cost, float]:
     for _ in range(ROUNDS):
         ours.append(measure(name, model))
         module, row = BARE.get(name, ("sora_jax.bench.reference", name))
-        out, _ = _child([sys.executable, "-c", CHILD, module, row, model])
+        out, _ = _child([sys.executable, "-c", CHILD, module, row, "", model])
         theirs.append(float(out.split()[-1]))
     seconds = statistics.median(cost.seconds for cost in ours)
     return Cost(seconds, max(cost.peak_bytes for cost in ours)), statistics.median(theirs)
@@ -126,13 +140,14 @@ class Cost(NamedTuple):
     peak_bytes: int
 
 
-def measure(name: str, model: str) -> Cost:
+def measure(name: str, model: str, arguments: Sequence[str] = ()) -> Cost:
+    """Of a row; `arguments` are what it takes beside the model."""
     if not name.startswith("first-video"):
         module = BARE[name][0] if name in BARE else "sora_jax.bench.rows"
         if name in (*REFERENCED, *NAMED_ONLY):
             module = "sora_jax.bench.wan_rows"
-        one_core = ["one core"] if name in ONE_CORE else []
-        out, cost = _child([sys.executable, "-c", CHILD, module, name, model, *one_core])
+        one_core = "one core" if name in ONE_CORE else ""
+        out, cost = _child([sys.executable, "-c", CHILD, module, name, one_core, model, *arguments])
         return Cost(float(out.split()[-1]), cost.peak_bytes)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "sora_jax", "sample", "a red ball bounces on a blue floor", "--model", model]

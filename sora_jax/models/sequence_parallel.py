@@ -3,6 +3,7 @@
     heads to spare        all-to-all: trade tokens for heads, attend, trade back (DeepSpeed-Ulysses, arXiv:2309.14509)
     no heads left         ring: keys and values travel round, softmax is put together (Ring Attention, arXiv:2310.01889)
     12 heads on 8         both, 4 x 2 (USP, arXiv:2405.07719)
+    40 heads on 16        all-to-all of 48, of which 8 are empty: a fifth more work, where a ring would be slower
 
 S devices of the axis are U x R: device s = r U + u has, after the all-to-all, head group u and the tokens of the U
 devices of its r; U is the greatest divisor of S that the heads allow. Everything here is what one device does, inside
@@ -26,6 +27,10 @@ from sora_jax.models.attention_forms import ATTENDED, BLOCK, MASKED, in_query_bl
 
 SEQUENCE = "sequence"  # the mesh axis
 
+MOST_EMPTY = (
+    0.25  # of the heads, so many more may be empty: a ring's scores go through memory, those of a kernel do not
+)
+
 Kernel = Callable[..., jax.Array]
 """`kernel(q, k, v, q_ids, kv_ids) -> out` on arrays that lie whole."""
 
@@ -38,6 +43,16 @@ class Partial(NamedTuple):
     top: Float[Array, "b n k"]
 
 
+def heads_across(heads: int, size: int) -> tuple[int, int]:
+    """How many heads are traded, empty ones included, and over how many of `size` devices; the rest is a ring.
+
+    >>> heads_across(40, 8), heads_across(12, 8), heads_across(40, 16)
+    ((40, 8), (12, 4), (48, 16))
+    """
+    filled = -(-heads // size) * size
+    return (filled, size) if filled <= (1 + MOST_EMPTY) * heads else (heads, math.gcd(heads, size))
+
+
 def sequence_parallel(kernel: Kernel, size: int) -> Kernel:
     """`kernel` for one device's n = N / size tokens of every head; a ring does without the kernel."""
 
@@ -48,7 +63,8 @@ def sequence_parallel(kernel: Kernel, size: int) -> Kernel:
         q_ids: Int[Array, "b n"],
         kv_ids: Int[Array, "b n"],
     ) -> Float[Array, "b n k d"]:
-        across = math.gcd(q.shape[2], size)
+        heads = q.shape[2]
+        traded, across = heads_across(heads, size)
         groups = [[r * across + u for u in range(across)] for r in range(size // across)]
 
         def trade(x: jax.Array, given: int, gained: int) -> jax.Array:
@@ -57,13 +73,14 @@ def sequence_parallel(kernel: Kernel, size: int) -> Kernel:
         def gather(ids: jax.Array) -> jax.Array:
             return jax.lax.all_gather(ids, SEQUENCE, axis=1, axis_index_groups=groups, tiled=True)
 
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, traded - heads), (0, 0))) for x in (q, k, v))
         q, k, v = (trade(x, 2, 1) for x in (q, k, v))  # [b, n U, k / U, d]
         q_ids, kv_ids = gather(q_ids), gather(kv_ids)
         if across == size:
             out = kernel(q, k, v, q_ids, kv_ids)
         else:
             out = checkpoint_name(ring_attention(q, k, v, q_ids, kv_ids, size=size, hop=across), ATTENDED)
-        return trade(out, 1, 2)
+        return trade(out, 1, 2)[:, :, :heads]
 
     return local
 

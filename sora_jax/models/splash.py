@@ -8,18 +8,23 @@ The backward pass uses the unfused kernels: fused, they need 17.7 GB of temporar
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as kernels,
 )
 from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_mask as masks,
+    splash_attention_mask_info as masks,
 )
 from jaxtyping import Array, Float, Int
 
 LANES = 128  # rows and heads come in multiples of this
 BLOCK = 512  # of queries and of keys
+# Ids say all. The kernel's makers would have a mask described block by block, even one that hides nothing: two numbers
+# for each of (N / 512)^2 blocks in a megabyte of scalar memory, too many from some 290,000 tokens on.
+NO_MASK = masks.MaskInfo(*[None] * 5)
 
 
 def splash_attention(
@@ -48,11 +53,15 @@ def splash_attention(
         block_q_dq=block_q,
         block_kv_dq=block_kv,
     )
-    shape = (_round_up(n, block_q), _round_up(m, block_kv))
-    kernel = kernels.make_splash_mha_single_device(
-        masks.MultiHeadMask([masks.FullMask(shape)] * q.shape[2]),
+    kernel: Any = kernels.SplashAttentionKernel(
+        *[NO_MASK] * 3,  # forward, and the two kernels of the backward pass
         block_sizes=sizes,
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=kernels.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
         residual_checkpoint_name=kept_as,
+        mask_function=None,
         interpret=interpret,
     )
     # The kernel lets id 0 meet id 0; padding must meet nothing, so padded keys get an id that no query has.

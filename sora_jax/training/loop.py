@@ -108,7 +108,7 @@ def train(
     if restored is None:
         start, averages = 0, Averages()
         state = init_state(init, key, mesh)
-        if settings.init:
+        if settings.init and not settings.anew:
             loaded = load_modules(
                 settings.init,
                 shapes.params,
@@ -121,10 +121,10 @@ def train(
             state = state.replace(params=started, ema=jax.tree.map(jnp.copy, started))
             if loaded.params:
                 say(f"starting from {', '.join(loaded.params)} of {settings.init}")
-            if stage.kept:
-                say(f"keeping {', '.join(stage.kept)} of {settings.init} as they are")
             if loaded.left_out:
                 say(f"starting anew, in other shapes than its: {', '.join(loaded.left_out)}")
+        if stage.kept:
+            say(f"keeping {', '.join(stage.kept)} of {settings.init} as they are")
     else:
         start, averages = restored.step, Averages(restored.notes["averages"])
         go_on(stage, restored.notes, start, force=force, say=say)

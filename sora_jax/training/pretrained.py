@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -92,9 +93,19 @@ def _boundary(path: epath.Path, expert: str) -> float:
 
 def tokenizer_of(name: str) -> Tokenizer:
     """The tokenizer of the model or run `name`; of bytes without that model's limit, as rows have one of their own."""
-    path = find_pretrained(name)
+    path = _origin_of_text(find_pretrained(name))
     tokenizer = ByteTokenizer() if is_workdir(path) else load_tokenizer(path / "tokenizer")
     return ByteTokenizer() if isinstance(tokenizer, ByteTokenizer) else tokenizer
+
+
+def _origin_of_text(path: epath.Path) -> epath.Path:
+    """Where a model or run has its text encoder from: a run that kept one has it from its own `train.init`."""
+    while is_workdir(path):
+        config = configs.from_json((path / "config.json").read_text())
+        if config.train.stage != "diffusion" or config.train.learns == "all":
+            break
+        path = find_pretrained(config.train.init)
+    return path
 
 
 def is_workdir(path: epath.PathLike) -> bool:
@@ -159,12 +170,17 @@ def load_modules(
     """The parameters of these modules (given as shapes, by name) in the model or run `name`; refuses other shapes.
 
     Adapters are never there: they begin anew. A run that has trained only some of the modules (a text encoder that can
-    read) gives these; one that has none is refused. Of two experts `expert` names the one wanted ("high", "low"). Parts
-    of a module named in `may_differ` are left out, each whole, where their shapes are not the same. With `n_layers` the
-    transformer is made that deep (`deepen`).
+    read) gives these, with the text encoder that it kept; one that has none is refused. Of two experts `expert` names
+    the one wanted ("high", "low"). Parts of a module named in `may_differ` are left out, each whole, where their shapes
+    are not the same. With `n_layers` the transformer is made that deep (`deepen`).
     """
     path = find_pretrained(name)
     modules = {module: shapes for module, shapes in modules.items() if module != ADAPTERS}
+    if "text_encoder" in modules and (origin := _origin_of_text(path)) != path:
+        kept = load_modules(os.fspath(origin), {"text_encoder": modules.pop("text_encoder")}, mesh, dtype=dtype)
+        options: dict[str, Any] = {"expert": expert, "may_differ": may_differ, "n_layers": n_layers, "dtype": dtype}
+        rest = load_modules(name, modules, mesh, **options) if modules else Loaded({}, [])
+        return Loaded(rest.params | kept.params, rest.left_out)
     if "transformer" in modules:
         _boundary(path, expert)
     loaded = load_run(path, mesh).params if is_workdir(path) else {}

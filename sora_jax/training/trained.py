@@ -46,7 +46,6 @@ def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None, autoencoder: 
             )
     if config.train.learns != "all":
         return _tuned(run, mesh, workdir, autoencoder_config, autoencoder_params)
-    sample = config.sample
     return ModelFolder(
         transformer_config=config.transformer,
         transformer=run.params["transformer"],
@@ -56,16 +55,9 @@ def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None, autoencoder: 
         text_encoder=run.params["text_encoder"],
         # Sampling gives every prompt as many places as training rows had text.
         tokenizer=ByteTokenizer(max_length=config.data.row_text),
-        scheduler=SchedulerDefaults(sample.solver, sample.shift),
+        scheduler=SchedulerDefaults(config.sample.solver, config.sample.shift),
         defaults=SamplingDefaults(
-            version=f"{workdir.name}-{run.step}",
-            frames=sample.frames,
-            height=sample.height,
-            width=sample.width,
-            fps=sample.fps,
-            steps=sample.steps,
-            guidance=sample.guidance,
-            card=facts_of_run(config, run.step, workdir),
+            **_sampling(config), version=f"{workdir.name}-{run.step}", card=facts_of_run(config, run.step, workdir)
         ),
         path=workdir,
     )
@@ -87,14 +79,25 @@ def _tuned(
     for of_base in ("words", "prompts"):  # its vocabulary has grown by words that are not known here
         facts.pop(of_base, None)
     tuned: dict[str, Any] = {place: transformer}
+    defaults = model.defaults
+    if config.train.anew:  # of that model there is the text encoder alone
+        tuned["transformer_config"] = config.transformer
+        defaults = SamplingDefaults()
+    if config.train.anew or is_workdir(base):  # a run samples as its config says, an open model as its folder does
+        tuned["scheduler"] = SchedulerDefaults(config.sample.solver, config.sample.shift)
+        defaults = dataclasses.replace(defaults, **_sampling(config))
     return dataclasses.replace(
         model,
         **tuned,
         autoencoder_config=autoencoder_config,
         autoencoder=autoencoder,
-        defaults=dataclasses.replace(model.defaults, version=f"{workdir.name}-{run.step}", card=facts),
+        defaults=dataclasses.replace(defaults, version=f"{workdir.name}-{run.step}", card=facts),
         path=workdir,
     )
+
+
+def _sampling(config: Config) -> dict[str, Any]:
+    return {name: getattr(config.sample, name) for name in ("frames", "height", "width", "fps", "steps", "guidance")}
 
 
 def facts_of_run(config: Config, step: int, workdir: epath.Path) -> dict[str, Any]:
