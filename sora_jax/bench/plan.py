@@ -75,9 +75,9 @@ class Plan:
     executed_flops_per_step: float  # of the program as it is
     seconds_at_best: dict[str, float] | None  # "products", "memory", "links": no step is faster than any of them
     at_mfu: dict[str, dict[str, float]] | None  # "40%": seconds_per_step, videos_per_second, ..., reachable
-    argumentbytes_per_device: int
-    peakbytes_per_device: int
-    hbmbytes_per_device: int
+    argument_bytes_per_device: int
+    peak_bytes_per_device: int
+    hbm_bytes_per_device: int
     fits: bool  # with a headroom of `HEADROOM`
     parts: dict[str, int]  # what of the arguments is what, and what the step needs beside them
     collectives: dict[str, dict[str, int]] | None  # kind: how many a step runs, and their bytes on one device
@@ -225,9 +225,9 @@ def _finish(
         executed_flops_per_step=work.executed_flops,
         seconds_at_best=work.seconds_at_best,
         at_mfu=work.at_mfu,
-        argumentbytes_per_device=arguments,
-        peakbytes_per_device=peak,
-        hbmbytes_per_device=target.hbm_bytes,
+        argument_bytes_per_device=arguments,
+        peak_bytes_per_device=peak,
+        hbm_bytes_per_device=target.hbm_bytes,
         fits=fits,
         parts=parts,
         collectives=collectives,
