@@ -66,6 +66,8 @@ def test_frames_from_a_first_frame(both):
 
 
 def test_the_reference_makes_the_same_of_our_export(both, tmp_path):
+    """Its tensors are equal to the bit. What it computes from them is, but for its own library: on some processors the
+    order of its sums depends on where in memory a file happened to be loaded to."""
     import diffusers
 
     _, theirs, pipe = both
@@ -74,7 +76,13 @@ def test_the_reference_makes_the_same_of_our_export(both, tmp_path):
     back.set_progress_bar_config(disable=True)
     noise = draw(pipe)
     theirs.scheduler = back.scheduler
+    for name, module in theirs.components.items():
+        if hasattr(module, "state_dict"):
+            exported = getattr(back, name).state_dict()
+            assert exported.keys() == module.state_dict().keys()
+            for key, tensor in module.state_dict().items():
+                np.testing.assert_array_equal(exported[key].numpy(), tensor.numpy(), err_msg=f"{name} {key}")
     before = their_frames(theirs, noise, sizes(pipe), guidance_scale=4.0)
-    np.testing.assert_array_equal(their_frames(back, noise, sizes(pipe), guidance_scale=4.0), before)
+    np.testing.assert_allclose(their_frames(back, noise, sizes(pipe), guidance_scale=4.0), before, atol=1e-5)
     assert back.config.boundary_ratio == theirs.config.boundary_ratio
     assert back.config.expand_timesteps == theirs.config.expand_timesteps
