@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from etils import epath
 from flax import nnx
@@ -74,7 +75,7 @@ def test_a_device_without_the_hosts_memory_is_refused(tmp_path, monkeypatch: pyt
     monkeypatch.setattr(diffusion_stage, "reaches_host_memory", lambda device: False)
     config = from_dict({"transformer": {"remat": "offload"}})
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
-    context = Context(config, epath.Path(tmp_path), mesh, None, jnp.dtype("float32"), print)
+    context = Context(config, epath.Path(tmp_path), mesh, optax.identity(), jnp.dtype("float32"), print)
     with pytest.raises(UserError, match=r"transformer\.remat=offload .* cannot reach .*; transformer\.remat=full"):
         diffusion_stage.diffusion_stage(context)
 

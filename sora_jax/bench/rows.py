@@ -83,8 +83,8 @@ def world_train_step(model: str) -> float:
     return median_seconds(step)
 
 
-def noise_cache(folder: Path, clips: int, extent: Sequence[int] = (5, 4, 4, 32)) -> None:
-    """A latent cache of noise, of clips of that extent (the world's form)."""
+def noise_cache(folder: Path, clips: int, extent: Sequence[int] = (5, 4, 4, 32), caption: str = PROMPT) -> None:
+    """A latent cache of noise, of clips of that extent (the world's form) and caption."""
     from sora_jax.data.latents import CacheInfo, LatentRecord, LatentWriter
 
     rng = np.random.default_rng(0)
@@ -94,7 +94,7 @@ def noise_cache(folder: Path, clips: int, extent: Sequence[int] = (5, 4, 4, 32))
         with writer.shard(shard) as out:
             for index in range(shard.start, shard.stop):
                 latents = rng.standard_normal(extent, np.float32).astype(np.float16)
-                out.add(LatentRecord(latents, (PROMPT,), (PROMPT,), 8.0, f"noise/{index}", (17, 64, 64)))
+                out.add(LatentRecord(latents, (caption,), (caption,), 8.0, f"noise/{index}", (17, 64, 64)))
 
 
 def loader_clip(model: str, sizes: str = "") -> float:
@@ -114,7 +114,8 @@ def loader_clip(model: str, sizes: str = "") -> float:
     # Large clips outweigh their planning: a few steps of a plan tell as much as all.
     chosen["plan_steps"] = min(chosen["plan_steps"], max(1, 8 * LOADER_VALUES // (rows * values)))
     with tempfile.TemporaryDirectory() as folder:
-        noise_cache(Path(folder) / "latents", clips, extent)
+        # a token for each byte, and one for the end
+        noise_cache(Path(folder) / "latents", clips, extent, PROMPT[: chosen["row_text"] - 1])
         loader = make_loader(
             LatentSource(Path(folder) / "latents"),
             tokenize=ByteTokenizer().encode,

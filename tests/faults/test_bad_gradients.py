@@ -24,7 +24,7 @@ def run(tmp_path: Path) -> Run:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_is_skipped_said_and_counted(run: Run, value: float):
     run(batches=Counting(poison=range(2, 4), poisoned=value))
-    assert [line for line in run.said if "skipped" in line] == [
+    assert [line for line in run.said if "skipped (" in line] == [
         "step 3: gradients are not finite; skipped (1 in a row)",
         "step 4: gradients are not finite; skipped (2 in a row)",
     ]
@@ -43,7 +43,7 @@ def test_a_run_of_bad_gradients_ends_it_with_the_last_good_checkpoint_kept(run: 
 def test_a_spike_is_skipped_as_if_it_had_not_been(run: Run, tmp_path: Path):
     """The losses after it are those of a run that skipped it for being NaN."""
     run(*CONSTANT, batches=Counting(poison=[111], poisoned=SPIKE))
-    (line,) = [line for line in run.said if "skipped" in line]
+    (line,) = [line for line in run.said if "skipped (" in line]
     assert line.startswith("step 112: gradients are a spike (norm ")
     assert line.endswith("); skipped (1 in a row)")
     assert run.losses[112] > 1e3 * run.losses[111]
@@ -55,7 +55,7 @@ def test_a_spike_is_skipped_as_if_it_had_not_been(run: Run, tmp_path: Path):
 def test_without_the_guard_a_spike_is_taken(run: Run, tmp_path: Path):
     """So the test above shows what the guard does."""
     run(*CONSTANT, "optimizer.spike_sigmas=0.0", batches=Counting(poison=[111], poisoned=SPIKE))
-    assert not [line for line in run.said if "skipped" in line]
+    assert not [line for line in run.said if "skipped (" in line]
     nan = Run(tmp_path / "nan")
     nan(*CONSTANT, batches=Counting(poison=[111]))
     assert run.losses[113] != nan.losses[113]
@@ -66,7 +66,7 @@ def test_ordinary_norms_of_any_scale_are_no_spikes(run: Run):
     run(*CONSTANT, batches=Counting(poison=range(0, 200, 7), poisoned=10.0))
     norms = [line["grad_norm"] for line in run.lines]
     assert max(norms) > 20 * np.median(norms)
-    assert not [line for line in run.said if "skipped" in line]
+    assert not [line for line in run.said if "skipped (" in line]
 
 
 def test_spikes_without_end_end_the_run(run: Run):
