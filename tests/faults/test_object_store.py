@@ -250,7 +250,7 @@ def test_a_run_killed_in_the_middle_of_a_save_goes_on_from_the_step_before(store
     assert comparable(store.read(f"{name}/metrics.jsonl").decode().splitlines()) == comparable(
         (local / "metrics.jsonl").read_text().splitlines()
     )
-    assert {"config.json", "metrics.jsonl", "tensorboard", "checkpoints"} == {
+    assert {"config.json", "metrics.jsonl", "goodput.json", "tensorboard", "checkpoints"} == {
         name.split("/")[1] for name in store.objects(f"{name}/")
     }
     ours, theirs = (
