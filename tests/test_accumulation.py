@@ -137,7 +137,7 @@ def test_four_passes_are_one_step(stage: str):
     assert_same(one_step(stage, 4), one_step(stage, 1))
 
 
-@pytest.mark.slow
+@pytest.mark.pods
 @pytest.mark.parametrize("stage", STAGES)
 def test_on_several_devices_each_pass_uses_all_of_them(stage: str):
     """Two of the eight rows a pass, on two devices one each; of the text stage's rows of 12 places e.g. s32[1,12]."""

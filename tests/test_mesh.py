@@ -191,7 +191,7 @@ def test_no_video_of_a_row_sees_another(axes: dict[str, int], heads: int, rows, 
     assert (after[second] != before[second]).any(axis=-1).all()
 
 
-@pytest.mark.slow
+@pytest.mark.pods
 @pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 8}, {"tensor": 2}, {"sequence": 4}], ids=str)
 def test_the_autoencoders_step_is_that_of_one_device(axes: dict[str, int]):
     """Loss, terms and gradients of clips whose rows of pixels lie on several devices."""
