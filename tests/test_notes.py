@@ -8,16 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from counting_run import Counting, config_of, stage_of
 from PIL import Image
-from quick_compile import quick_compile
 from tiny_run import make_home
 
 from sora_jax.cli import main
@@ -31,17 +28,7 @@ from sora_jax.training.stage import Context, Stage
 
 CATS = {"folder": "/data/cats", "clips": 12, "bytes": 3456, "sha256": "ab" * 32}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_compile(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _one_device(monkeypatch: pytest.MonkeyPatch):
-    one = jax.devices()[:1]
-    monkeypatch.setattr(loop.sharding, "make_mesh", lambda sizes, make=loop.sharding.make_mesh: make(sizes, one))
+pytestmark = pytest.mark.usefixtures("quick_training")
 
 
 class Noted(Counting):
