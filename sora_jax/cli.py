@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -145,18 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from sora_jax.supervise import supervise
 
                 return supervise(argv, args.workdir, args.supervise, _say)
-            starts_jax = getattr(args.command, "STARTS_JAX", True)
-            if starts_jax:
-                _announce(args)
-            if getattr(args, "json", False):
-                with contextlib.redirect_stdout(sys.stderr):
-                    document = args.command.run(args)
-                from sora_jax.runtime import is_chief
-
-                if document is not None and (not starts_jax or is_chief()):
-                    print(json.dumps(document))
-            else:
-                document = args.command.run(args)
+            with _stdout_for_results():
+                document = _run(args)
             return args.command.exit_code(document) if hasattr(args.command, "exit_code") else 0
     except SystemExit as stop:
         return int(stop.code or 0)
@@ -182,6 +173,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _say(f"error: the device is out of memory ({_one_line(error)}); ask for fewer frames, a smaller size or batch")
         return 2
+
+
+def _run(args: argparse.Namespace) -> object:
+    """What the command found out, which is printed as one document where it was asked for."""
+    starts_jax = getattr(args.command, "STARTS_JAX", True)
+    if starts_jax:
+        _announce(args)
+    if not getattr(args, "json", False):
+        return args.command.run(args)
+    with contextlib.redirect_stdout(sys.stderr):
+        document = args.command.run(args)
+    from sora_jax.runtime import is_chief
+
+    if document is not None and (not starts_jax or is_chief()):
+        print(json.dumps(document))
+    return document
 
 
 def entry_point() -> NoReturn:
@@ -240,6 +247,26 @@ def _messages_on_stderr() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _stdout_for_results() -> Iterator[None]:
+    """What libraries in C++ print goes to stderr: Gloo, by which processes on CPUs talk, counts its peers on stdout."""
+    try:
+        stdout, stderr = sys.stdout.fileno(), sys.stderr.fileno()
+    except (AttributeError, OSError):  # no files, as in a notebook
+        yield
+        return
+    sys.stdout.flush()
+    results = open(os.dup(stdout), "w", encoding=sys.stdout.encoding)  # noqa: SIM115
+    os.dup2(stderr, stdout)
+    try:
+        with contextlib.redirect_stdout(results):
+            yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what is in C's buffer would come out later, in its old place
+        os.dup2(results.fileno(), stdout)
+        results.close()
 
 
 def _mend_cache(message: object) -> str:

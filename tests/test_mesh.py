@@ -25,7 +25,7 @@ from sora_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sora_jax.models.transformer import Transformer, TransformerConfig, model_time
 from sora_jax.shapes import Stride
 from sora_jax.tokens.packing import Clip, PackedRows, clip_shape, fill_rows
-from sora_jax.tokens.planning import plan_rows
+from sora_jax.tokens.planning import ClipShape, LookAhead
 from sora_jax.training.diffusion_step import DiffusionModules, condition_of, diffusion_loss, read_text
 from sora_jax.training.loop import place, train
 from sora_jax.training.state import state_shardings
@@ -82,9 +82,10 @@ def rows() -> PackedRows:
         )
         for i in range(3 * ROWS)
     ]
-    plan = plan_rows(
-        [clip_shape(clip) for clip in clips], row_tokens=TOKENS, row_text=TEXT, row_groups=GROUPS, rows=ROWS
-    )
+    waiting = LookAhead()
+    for index, clip in enumerate(clips):
+        waiting.add(clip_shape(clip), index)
+    plan = [waiting.take_row(ClipShape(TOKENS, TEXT, GROUPS)) for _ in range(ROWS)]
     packed = PackedRows(**fill_rows(plan, clips, row_tokens=TOKENS, row_text=TEXT, row_groups=GROUPS))
     assert (packed.segment_ids == 0).any()
     assert packed.segment_ids.max() > 1

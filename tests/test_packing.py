@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_jax.errors import UserError
 from sora_jax.shapes import Stride
 from sora_jax.tokens.packing import (
     Clip,
@@ -20,12 +17,9 @@ from sora_jax.tokens.packing import (
     fill_rows,
     unpack_rows,
 )
-from sora_jax.tokens.planning import ClipShape, left_over, like_steps, plan_rows, row_cost
+from sora_jax.tokens.planning import ClipShape, LookAhead
 
 ROW = {"row_tokens": 48, "row_text": 24, "row_groups": 8}
-shapes = st.lists(
-    st.builds(ClipShape, tokens=st.integers(1, 48), text=st.integers(0, 24), frames=st.integers(1, 8)), max_size=40
-)
 
 
 @st.composite
@@ -42,75 +36,13 @@ def clips(draw, channels=3, patch=Stride(1, 1, 1)):
 
 
 def pack(items, patch=Stride(1, 1, 1)):
-    plan = plan_rows([clip_shape(clip, patch) for clip in items], **ROW)
+    waiting = LookAhead()
+    for index, clip in enumerate(items):
+        waiting.add(clip_shape(clip, patch), index)
+    plan = []
+    while len(waiting):
+        plan.append(waiting.take_row(ClipShape(*ROW.values())))
     return plan, fill_rows(plan, items, patch=patch, **ROW)
-
-
-# ---------------------------------------------------------------------------------------------------------------- plan
-
-
-@settings(deadline=None)
-@given(shapes)
-def test_unbounded_plan_places_every_clip_once_within_limits(shapes):
-    plan = plan_rows(shapes, **ROW)
-    assert Counter(i for row in plan for i in row) == Counter(range(len(shapes)))
-    for row in plan:
-        assert row, "an empty row was opened"
-        for axis, limit in enumerate((48, 24, 8)):
-            assert sum(shapes[i][axis] for i in row) <= limit
-
-
-@settings(deadline=None)
-@given(shapes)
-def test_plan_is_first_fit(shapes):
-    """Against the definition, replayed naively: each clip is in the first row that had room when it came."""
-    plan = plan_rows(shapes, **ROW)
-    where = {index: r for r, row in enumerate(plan) for index in row}
-    used = np.zeros((len(plan) + 1, 3), int)
-    for index, shape in enumerate(shapes):
-        expected = next(r for r in range(len(used)) if np.all(used[r] + shape <= (48, 24, 8)))
-        assert where[index] == expected
-        used[expected] += shape
-
-
-@settings(deadline=None)
-@given(shapes, st.integers(1, 5))
-def test_bounded_plan_keeps_what_found_no_room(shapes, rows):
-    plan = plan_rows(shapes, rows=rows, **ROW)
-    assert len(plan) == rows
-    rest = left_over(plan, len(shapes))
-    assert sorted([i for row in plan for i in row] + rest) == list(range(len(shapes)))
-    for index in rest:  # it would fit in no row even now
-        for row in plan:
-            used = np.sum([shapes[i] for i in row], axis=0)
-            assert np.any(used + shapes[index] > (48, 24, 8))
-
-
-def test_limit_of_text_moves_a_clip_to_another_row():
-    two = [ClipShape(8, 20, 1), ClipShape(8, 20, 1)]
-    assert plan_rows(two, row_tokens=16, row_text=40) == [[0, 1]]
-    assert plan_rows(two, row_tokens=16, row_text=39) == [[0], [1]]
-    assert plan_rows(two, row_tokens=16, row_text=40, row_groups=1) == [[0], [1]]
-
-
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        (ClipShape(49, 1, 1), "cat.mp4 has 49 tokens and a row holds 48: raise row_tokens to 49"),
-        (ClipShape(1, 25, 1), "cat.mp4 has 25 text tokens and a row holds 24: raise row_text to 25"),
-        (ClipShape(1, 1, 9), "cat.mp4 has 9 latent frames and a row holds 8: raise row_groups to 9"),
-    ],
-)
-def test_clip_that_fits_no_row_is_named(shape, message):
-    with pytest.raises(UserError, match=message):
-        plan_rows([ClipShape(1, 1, 1), shape], names=["dog.mp4", "cat.mp4"], **ROW)
-
-
-def test_steps_hold_rows_of_like_cost():
-    rows = [48, 3, 40, 5, 44, 4]  # the tokens of the one clip of each
-    steps = like_steps(rows, lambda n: row_cost([n], 1 / 48), size=4, rng=np.random.default_rng(0))
-    assert sorted([sorted(filter(None, step)) for step in steps]) == [[3, 4], [5, 40, 44, 48]]
-    assert [len(step) for step in steps] == [4, 4]
 
 
 # ---------------------------------------------------------------------------------------------------------------- fill

@@ -350,6 +350,10 @@ def test_mistakes_are_one_line(flags, says, capsys):
         (["--config", "world_text", "--hbm", "16"], "the diffusion and autoencoder stages are planned"),
         (["--config", "world_autoencoder", "--hbm", "16"], "is compiled, not reckoned: name a --topology"),
         (["--config", "world_autoencoder", "--hbm", "16", "--sample"], "--sample plans a diffusion model"),
+        (
+            ["--config", "world_autoencoder", "--topology", "local", "--mesh", "data=4,sequence=2"],
+            "the autoencoder does not train on a sequence axis beside another one",
+        ),
         (["--config", "world", "--hbm", "16", "--search"], "name a --topology"),
         (["--config", "world", "--hbm", "16", "--search", "--remat", "full"], "leave them out"),
     ],

@@ -27,6 +27,7 @@ from sora_jax.tokens.planning import (
     balanced_order,
     imbalance,
     like_steps,
+    misfit,
     quadratic_share,
     row_cost,
 )
@@ -132,7 +133,27 @@ def test_no_clip_waits_for_more_rows_than_there_are_clips_before_it():
     assert len(taken) <= 11
 
 
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        (ClipShape(48, 24, 8), ""),
+        (ClipShape(49, 1, 1), "49 tokens and a row holds 48: raise row_tokens to 49"),
+        (ClipShape(1, 25, 1), "25 text tokens and a row holds 24: raise row_text to 25"),
+        (ClipShape(1, 1, 9), "9 latent frames and a row holds 8: raise row_groups to 9"),
+    ],
+)
+def test_what_of_a_clip_fits_no_row_is_named(shape, says):
+    assert misfit(shape, LIMITS) == says
+
+
 # --------------------------------------------------------------------------------------------------------------- steps
+
+
+def test_steps_hold_rows_of_like_cost():
+    rows = [48, 3, 40, 5, 44, 4]  # the tokens of the one clip of each
+    steps = like_steps(rows, lambda n: row_cost([n], 1 / 48), size=4, rng=np.random.default_rng(0))
+    assert sorted([sorted(filter(None, step)) for step in steps]) == [[3, 4], [5, 40, 44, 48]]
+    assert [len(step) for step in steps] == [4, 4]
 
 
 @settings(deadline=None)

@@ -1,6 +1,6 @@
 """Which clips share a row, and which rows share a step: decided from shapes alone.
 
-    clips ─ `LookAhead` of a stream, or `plan_rows` of a list ─ rows ─ `like_steps` ─ steps
+    clips ─ `LookAhead` ─ rows ─ `like_steps` ─ steps
 
 A row is as long as the longest clip that is to be trained on, so short clips have to share one. A step takes as long as
 its slowest device, so rows of one step should cost the same. A clip of n tokens costs n + r n^2: what matrices do to a
@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-
-from sora_jax.errors import UserError
 
 LIKE = 0.05  # rows whose costs differ by less are alike: the slowest device is at most so much behind the mean
 
@@ -93,50 +91,6 @@ class LookAhead(Generic[T]):
                 if shape.text <= free.text and shape.frames <= free.frames:
                     return number
         return None
-
-
-def plan_rows(
-    shapes: Sequence[ClipShape],
-    *,
-    row_tokens: int,
-    row_text: int,
-    row_groups: int | None = None,
-    rows: int | None = None,
-    names: Sequence[str] | None = None,
-) -> list[list[int]]:
-    """The plan of a list of clips that must stay in order: each goes into the first row that has room (first-fit).
-
-    Returns, for each row, the indices into `shapes` in the order they were placed. Without `rows`, as many rows as
-    it takes, and every clip is in exactly one. With `rows`, exactly that many (some may be empty); clips that
-    found no room are in none of them: `left_over` lists these.
-
-    Raises `UserError` for a clip that would not fit an empty row, naming it (by `names`) and the limit.
-    """
-    groups = row_groups if row_groups is not None else sum(shape.frames for shape in shapes)
-    limits = ClipShape(row_tokens, row_text, groups)
-    plan: list[list[int]] = [[] for _ in range(rows or 0)]
-    used = [ClipShape(0, 0, 0) for _ in plan]
-    for index, shape in enumerate(shapes):
-        if fault := misfit(shape, limits):
-            name = names[index] if names is not None else f"clip {index}"
-            raise UserError(f"{name} has {fault} or leave it out")
-        for row, taken in enumerate(used):
-            together = ClipShape(*(a + b for a, b in zip(taken, shape, strict=True)))
-            if not misfit(together, limits):
-                plan[row].append(index)
-                used[row] = together
-                break
-        else:
-            if rows is None:
-                plan.append([index])
-                used.append(shape)
-    return plan
-
-
-def left_over(plan: Sequence[Sequence[int]], count: int) -> list[int]:
-    """The clips, of `count`, that a plan with bounded rows did not place; in order."""
-    placed = {index for row in plan for index in row}
-    return [index for index in range(count) if index not in placed]
 
 
 # ---------------------------------------------------------------------------------------------------------------- cost

@@ -16,7 +16,7 @@ from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder
 from sora_jax.models.structure import parameters_of, structure_of
 from sora_jax.shapes import Extent, latent_extent
-from sora_jax.training.autoencoder_step import DECODER, MODULE, make_autoencoder_step
+from sora_jax.training.autoencoder_step import DECODER, MODULE, check_mesh, make_autoencoder_step
 from sora_jax.training.clip_batches import ClipBatches, ClipSource, clip_source
 from sora_jax.training.files import write_text
 from sora_jax.training.pretrained import LATENT_STATISTICS, load_autoencoder
@@ -30,13 +30,7 @@ def autoencoder_stage(context: Context) -> Stage:
     config, data = context.config, context.config.data
     if not config.reconstruction.train_encoder and not config.train.init:
         raise UserError("reconstruction.train_encoder=False keeps an encoder as it is: name its model in train.init")
-    if context.mesh.size > context.mesh.shape["sequence"] > 1:
-        # XLA's strided convolutions have wrong gradients there (jax 0.10.2: on data 2 x fsdp 2 x sequence 2 their norm
-        # was a fifth too large, and data 2 x sequence 2 is wrong too).
-        raise UserError(
-            "the autoencoder does not train on a sequence axis beside another one, where XLA computes wrong gradients: "
-            "use data, fsdp and tensor, or sequence alone (train.mesh)"
-        )
+    check_mesh(context.mesh)
     graphdef = structure_of(lambda rngs: Autoencoder(config.autoencoder, rngs=rngs))
     source = clip_source(data, config.autoencoder.stride.time)
     latent_extent(Extent(data.frames, data.height, data.width), config.autoencoder.stride)
