@@ -21,6 +21,17 @@ jax.config.update("jax_num_cpu_devices", 8)
 _hook = install_import_hook("sora_jax", "typechecking.checked")
 
 
+# Tests that compile for a TPU, hold figures against another implementation's, or train for minutes.
+OPTIMISED = ("plans", "parity", "learning")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Most of the suite's time goes into compiling programs that run for milliseconds: XLA optimises little here."""
+    optimised = any(item.get_closest_marker(name) for name in OPTIMISED)
+    jax.config.update("jax_disable_most_optimizations", not optimised and not os.environ.get("OPT"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests read no compiled programs that an older tree wrote, and leave none behind."""

@@ -1,4 +1,4 @@
-"""Programs that compile in half the time (and run slower), each of them once, for tests that make many small runs."""
+"""Programs that are compiled once, for tests that make many small runs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 @contextmanager
 def quick_compile(folder: Path) -> Iterator[None]:
-    """While the block runs, JAX optimises little and keeps what it compiled in `folder`."""
+    """While the block runs, JAX keeps what it compiled in `folder`."""
     options = {
-        "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0,
     }

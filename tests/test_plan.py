@@ -351,7 +351,7 @@ def test_mistakes_are_one_line(flags, says, capsys):
         (["--config", "world_autoencoder", "--hbm", "16"], "is compiled, not reckoned: name a --topology"),
         (["--config", "world_autoencoder", "--hbm", "16", "--sample"], "--sample plans a diffusion model"),
         (
-            ["--config", "world_autoencoder", "--topology", "local", "--mesh", "data=4,sequence=2"],
+            ["--config", "world_autoencoder", "--topology", "local", "--mesh", "data=2,sequence=4"],
             "the autoencoder does not train on a sequence axis beside another one",
         ),
         (["--config", "world", "--hbm", "16", "--search"], "name a --topology"),

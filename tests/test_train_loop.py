@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +185,32 @@ def test_a_signal_ends_the_run_with_a_checkpoint(run: Run, tmp_path: Path, numbe
     whole = Run(tmp_path / "whole")
     whole()
     assert run.losses == whole.losses
+
+
+@pytest.mark.parametrize(("every", "saved_before"), [(3, True), (0, False)])
+def test_a_signal_while_videos_are_made(run: Run, every: int, saved_before: bool):
+    """A machine that is taken away may not live to see the last of them: a step that is to be saved is saved before."""
+    found = []
+
+    def told(context: Context) -> Stage:
+        stage = stage_of(Counting())(context)
+
+        def sample(params: Any) -> list[np.ndarray]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            end = time.monotonic() + 20
+            while saved_before and run.steps != [3] and time.monotonic() < end:
+                time.sleep(0.01)  # it is written in the background
+            found.extend(run.steps)
+            return stage.sample(params)
+
+        return dataclasses.replace(stage, sample=sample)
+
+    config = config_of("train.sample_every=3", f"train.checkpoint_every={every}")
+    summary = train(config, run.workdir, say=run.said.append, make_stage=told)
+    last = 3 if saved_before else 4
+    assert found == ([3] if saved_before else [])
+    assert (summary.step, summary.stopped, run.steps) == (last, True, [last])
+    assert (run.workdir / "samples" / "0000003.mp4").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- profile

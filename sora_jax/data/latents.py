@@ -24,7 +24,7 @@ import operator
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,7 +221,7 @@ class ShardWriter:
 # ---------------------------------------------------------------------------------------------------------------- read
 
 
-class LatentSource(Sequence[LatentRecord]):
+class LatentSource:
     """The records [start, stop) of a cache, or of several one after another, by number (negative numbers count from the
     end, as in a slice).
 

@@ -219,17 +219,18 @@ def train(
                         found = jax.device_get(stage.validate(state.ema))
                     extras[step] = {f"validation_{name}": float(value) for name, value in found.items()}
                 late.push(step, metrics)
-                if stage.sample and due(step, settings.sample_every, last) and not stop.is_set():
-                    late.flush()
-                    with clock.spent_on("samples"):
-                        write_samples(stage.sample(state.ema), config, workdir, step, writer)
                 if stopping(stop, checkpoints, step) or due(step, settings.checkpoint_every) or last:
                     late.flush()  # so that the averages are those of this step
                     goodput.record()
                     with clock.spent_on("checkpoint"):
                         save(step)
                     saved = step
-                if stop.is_set():
+                # After the checkpoint: a machine that is taken away while videos are made takes nothing with it.
+                if stage.sample and due(step, settings.sample_every, last) and not stop.is_set():
+                    late.flush()
+                    with clock.spent_on("samples"):
+                        write_samples(stage.sample(state.ema), config, workdir, step, writer)
+                if stop.is_set() and saved == step:
                     break
             late.flush()
         finally:
