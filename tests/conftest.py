@@ -29,7 +29,7 @@ OPTIMISED = ("plans", "parity", "learning")
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Most of the suite's time goes into compiling programs that run for milliseconds: XLA optimises little here."""
     optimised = any(item.get_closest_marker(name) for name in OPTIMISED)
-    jax.config.update("jax_disable_most_optimizations", not optimised and not os.environ.get("OPT"))
+    jax.config.update("jax_disable_most_optimizations", not optimised)
 
 
 @pytest.fixture(scope="session", autouse=True)
