@@ -28,6 +28,8 @@ CASES = {
     "7 heads and an empty one": ({"sequence": 8}, 7, {"all-to-all"}),
     "3 heads on 4, rows on 2": ({"data": 2, "sequence": 4}, 3, {"collective-permute"}),
     "6 heads, tensor x sequence": ({"tensor": 2, "sequence": 4}, 6, {"collective-permute"}),
+    "2 rows on 4": ({"fsdp": 4, "sequence": 2}, 4, {"all-to-all"}),
+    "3 heads on 2": ({"tensor": 2, "sequence": 4}, 3, {"collective-permute"}),
     "all four axes": ({"fsdp": 2, "tensor": 2, "sequence": 2}, 4, {"all-to-all"}),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))

@@ -60,7 +60,7 @@ def attention(
 
     if q.shape[1] <= BLOCK:
         return kept(reference_attention)(q, k, v, visible(q_ids, kv_ids, block_ids, block_ids))
-    if block_ids is not None or not _rows_and_heads_divide(q):
+    if block_ids is not None:
         return kept(blockwise_attention)(q, k, v, q_ids, kv_ids, block_ids, block_ids)
 
     def splash(*arrays: jax.Array) -> jax.Array:
@@ -93,13 +93,15 @@ def _on_each_device(kernel: Kernel, *arrays: jax.Array, shared: bool) -> jax.Arr
     q, q_ids = pad(q), pad(q_ids)
     if not shared:
         k, v, kv_ids = pad(k), pad(v), pad(kv_ids)
-    queries, ids = spec(("batch", "tokens", "heads", None)), spec(("batch", "tokens"))
-    keys, key_ids = (spec(("batch", None, "heads", None)), spec(("batch", None))) if shared else (queries, ids)
+    rows, heads = _cut_evenly(q.shape[0], q.shape[2])
+    queries, ids = spec((rows, "tokens", heads, None)), spec((rows, "tokens"))
+    keys, key_ids = (spec((rows, None, heads, None)), spec((rows, None))) if shared else (queries, ids)
     out = shard_over_mesh(kernel, (queries, keys, keys, ids, key_ids), queries)(q, k, v, q_ids, kv_ids)
     return out[:, :tokens]
 
 
-def _rows_and_heads_divide(q: jax.Array) -> bool:
-    """Whether the mesh cuts rows and heads evenly, as what runs on each device by itself needs."""
-    rows = mesh_size("data") * mesh_size("fsdp")
-    return q.shape[0] % rows == 0 and q.shape[2] % mesh_size("tensor") == 0
+def _cut_evenly(rows: int, heads: int) -> tuple[str | None, str | None]:
+    """The logical axes of rows and heads; None for what the mesh does not cut evenly. Every device computes that whole,
+    as the two rows of one guided video where eight devices hold the parameters (`fsdp`)."""
+    by_rows = rows % (mesh_size("data") * mesh_size("fsdp")) == 0
+    return "batch" if by_rows else None, "heads" if heads % mesh_size("tensor") == 0 else None
