@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from saved_states import INIT, KEY, bits, one_device, same_bits, save_three, shapes, state_at
 
+from sora_jax.errors import NoRoomError
 from sora_jax.sharding import make_mesh
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.state import TrainState, abstract_state
@@ -54,6 +57,22 @@ def test_arrays_and_notes_come_back_to_the_bit_though_their_buffers_were_donated
 def test_an_empty_folder_has_nothing_to_restore(tmp_path, like):
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.restore(like) is None
+    checkpoints.close()
+
+
+def test_a_state_that_has_no_room_is_not_begun(tmp_path, mesh, monkeypatch):
+    """One line, before Orbax's threads each find out by themselves."""
+    needed = sum(array.nbytes for array in jax.tree.leaves(bits(state_at(1, mesh))))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state_at(1, mesh), {})
+    checkpoints.wait()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
+    with pytest.raises(NoRoomError, match=r"^checkpoint 2 cannot be written to .* left; those before it are as they"):
+        checkpoints.save(2, state_at(2, mesh), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed))
+    checkpoints.save(2, state_at(2, mesh), {})
+    assert checkpoints.steps() == [1, 2]
     checkpoints.close()
 
 

@@ -14,11 +14,13 @@ Arrays come back bit for bit, on any mesh.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -55,6 +57,17 @@ def _silent_orbax() -> Iterator[None]:
         logger.disabled = before
 
 
+class _RoomIsOurs(logging.Filter):
+    """Keeps pages of tracebacks that Orbax's threads log about a full disk back: `NoRoomError` says it in a line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not no_room(error or RuntimeError(record.getMessage()))
+
+
+_room_is_ours = _RoomIsOurs()
+
+
 class Restored(NamedTuple):
     """A step that was read back."""
 
@@ -82,6 +95,7 @@ class Checkpoints:
         self._read_only = read_only
         self._keep = keep
         self._saving: int | None = None
+        logging.getLogger("absl").addFilter(_room_is_ours)  # the same one again changes nothing
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -113,12 +127,30 @@ class Checkpoints:
         self.wait()
         self._saving = step
         arrays = _by_name(state)
+        self._check_room(sum(map(_bytes, arrays.values())))
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays, save_args=dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=CHUNK))),
             notes=ocp.args.JsonSave(dict(notes)),
         )
         with self._failures_told():
             self._manager.save(step, args=arguments, force=True)
+
+    def _check_room(self, needed: int) -> None:
+        """Before Orbax begins to write, and fails in several threads that all report it. Of several processes one alone
+        might find its disk full, and leave the others waiting."""
+        if is_url(self.folder) or jax.process_count() > 1:
+            return
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise self._no_room(
+                f"{os.strerror(errno.ENOSPC)}, it takes {needed / 1e6:,.1f} MB of {free / 1e6:,.1f} free"
+            )
+
+    def _no_room(self, reason: str) -> NoRoomError:
+        return NoRoomError(
+            f"checkpoint {self._saving} cannot be written to {self.folder}: {reason}; those before it are as they "
+            "were. Make room and give the same command again"
+        )
 
     def _write_manifest(self) -> None:
         """Runs in Orbax's background thread on the first process, after all data is written, before the commit."""
@@ -140,10 +172,7 @@ class Checkpoints:
         except BaseException as error:
             self._forget_failure()
             if reason := no_room(error):
-                raise NoRoomError(
-                    f"checkpoint {self._saving} cannot be written to {self.folder}: {reason}; those before it are as "
-                    "they were. Make room and give the same command again"
-                ) from error
+                raise self._no_room(reason) from error
             raise
 
     def _forget_failure(self) -> None:

@@ -54,18 +54,20 @@ class MetricsWriter:
         self._tensorboard = EventFile(self.folder / TENSORBOARD, step + 1 if step else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line. JSON has no NaN: a value that is not finite becomes null."""
+        """One line. JSON has no NaN: a value that is not finite becomes null, and is not in a curve (the loss of a band
+        of levels that no token was at, say)."""
         if self.folder is None:
             return
-        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        line = dict.fromkeys(values) | finite
         with writing(self.folder):
             self._file.write(json.dumps({"step": step, **line}) + "\n")
             self._file.flush()
-            for name, value in values.items():
+            for name, value in finite.items():
                 self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
         if self._wandb:
-            self._wandb.log(step, values)
+            self._wandb.log(step, finite)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """`image` uint8 [H, W, 3], to TensorBoard."""
