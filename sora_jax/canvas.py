@@ -191,11 +191,12 @@ def _token_mask(span: Span, canvas: Canvas, stride: Stride, patch: Stride) -> Bo
         )
     height, width = stride.height * patch.height, stride.width * patch.width
     cells = where.reshape(size[0] // height, height, size[1] // width, width)
-    if (cells.any(axis=(1, 3)) != cells.all(axis=(1, 3))).any():
+    given = np.asarray(cells.all(axis=(1, 3)))
+    if (cells.any(axis=(1, 3)) != given).any():
         raise UserError(
             f"the mask cuts through tokens of {width}x{height} pixels: put its edges at multiples of {width} across "
             f"and {height} down"
         )
-    if cells.all():
+    if given.all():
         raise UserError("all of every frame is given: nothing is left to make")
-    return cells.all(axis=(1, 3))
+    return given

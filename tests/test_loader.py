@@ -206,7 +206,7 @@ def test_rows_of_like_cost_come_in_one_step():
         """Standard deviation of the costs of rows within a step, averaged over steps."""
         source = [record(i, frames=(1, 12)[i % 12 == 0]) for i in range(240)]
         with loader(source, epochs=1, plan_steps=plan_steps, quadratic=1 / 192, row_text=200) as batches:
-            steps = [[[r.shape[0] * 4 for r, _ in row] for row in unpack_rows(batch)] for batch in batches]
+            steps = [[[len(clip.latents) * 4 for clip in row] for row in unpack_rows(batch)] for batch in batches]
         found = [
             np.std([sum(n + n * n / (6 * 32) for n in row) for row in step]) for step in steps if all(map(sum, step))
         ]
@@ -304,6 +304,21 @@ def test_state_of_another_loader_is_refused(change, message):
         next(one)
         with pytest.raises(UserError, match=message):
             other.restore(one.state())
+
+
+def test_a_state_from_before_an_option_goes_on_where_it_is_not_used():
+    with loader() as one:
+        straight = [next(one) for _ in range(4)]
+    with loader() as one:
+        next(one), next(one)
+        state = one.state()
+    new = ("window_share", "shot_dropout")
+    before = {**state, "identity": {name: value for name, value in state["identity"].items() if name not in new}}
+    with loader() as other:
+        other.restore(before)
+        assert_same(next(other), straight[2])
+    with loader(window_share=0.25) as other, pytest.raises(UserError, match=r"window_share was 0\.0 and is 0\.25"):
+        other.restore(before)
 
 
 def test_number_of_workers_and_prefetch_are_free():

@@ -98,7 +98,7 @@ def test_of_each_frame_a_rectangle_or_the_rest_is_given(mode: str):
         nothing = ~given.any(axis=(1, 2, 3))
         assert all(is_rectangle(mask) for mask in rectangle[~nothing])
         assert not given.all(axis=(1, 2, 3)).any(), "something is left to make"
-        # Sides are uniform over what there is room for: one rectangle in h w is the whole frame, and then nothing is given.
+        # Sides are uniform over what there is room for: one rectangle in h w is the whole frame, which gives nothing.
         h, w = given.shape[2:]
         assert abs(nothing.mean() - 1 / (h * w)) < 4 * np.sqrt(1 / (h * w) / ROWS)
     sides = Counter(
@@ -122,7 +122,9 @@ def test_blocks_are_given_by_chance():
 
     assert all(any(is_made_of(mask, *cut) for cut in cuts) for mask in given[:, 0])
     assert sum(not is_made_of(mask, 2, 2) for mask in given[:, 0]) > ROWS / 4, "and not of large ones alone"
-    assert 0.35 < given.mean() < 0.5, "a share that is uniform in [0, 1], less the draws that gave all"
+    # A share is uniform in [0, 1], so of n blocks all are given in one draw of n + 1, which then gives nothing.
+    expected = np.mean([1 / 2 - 1 / (down * across + 1) for down, across in cuts])
+    assert abs(given.mean() - expected) < 4 * 0.35 / np.sqrt(ROWS)
 
 
 def test_what_a_mask_gives_is_of_one_more_group_whose_level_is_0():

@@ -47,6 +47,7 @@ def make_diffusion_validation(
     def validate(
         params: Mapping[str, Any], rows: PackedRows, kept: Mapping[str, Any] = _NOTHING
     ) -> dict[str, jax.Array]:
+        kept = dict(kept)
         return text_to_video(params, rows, kept) | (by_mode(params, rows, kept) if by_mode else {})
 
     return validate

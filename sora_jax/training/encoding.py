@@ -117,8 +117,7 @@ def encode_clips(
                     if isinstance(clip, str):
                         file.skip(clip)
                     else:
-                        own = [latents.pop(0) for _ in _shots(clip)]
-                        file.add(_record(clip, own))
+                        file.add(_record(clip, [latents.pop(0) for _ in _shots(clip)]))
                 done += len(batch)
                 if progress is not None:
                     progress(done, there)

@@ -79,7 +79,7 @@ def losses_by_skill(values: Mapping[str, float]) -> str:
     skills = {
         name.removeprefix(before).removesuffix(after): value
         for name, value in values.items()
-        if name.startswith(before) and name.endswith(after)
+        if name.startswith(before) and name.endswith(after) and name != "validation_loss"
     }
     if not skills:
         return ""
