@@ -18,7 +18,7 @@ spans. The autoencoder is causal, so what is given at the beginning of a span ha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
@@ -139,6 +139,10 @@ class Layout:
     @property
     def given(self) -> Bool[np.ndarray, " N"]:
         return self.given_groups[self.level_ids]
+
+    def is_like(self, other: Layout) -> bool:
+        """Whether canvases of both can share a batch: the same spans, and the same parts of them given."""
+        return all(np.array_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
 
 def lay_out(canvas: Canvas, stride: Stride, patch: Stride) -> Layout:

@@ -6,11 +6,15 @@ import dataclasses
 from collections import Counter
 
 import numpy as np
+import pytest
 from test_loader import ROW, contents, detokenize, loader, record, records
 
-from sora_jax.data.latents import ShotHeader
+from sora_jax import canvas
+from sora_jax.data.latents import CacheInfo, LatentSource, LatentWriter, ShotHeader
 from sora_jax.data.stream import LoaderOptions, cut_and_caption
-from sora_jax.tokens.packing import unpack_rows
+from sora_jax.errors import UserError
+from sora_jax.shapes import Extent, Stride
+from sora_jax.tokens.packing import fill_rows, unpack_rows
 
 
 def cut_record(index):
@@ -80,8 +84,15 @@ def test_cut_clips_are_cut_to_whole_shots_and_images():
     assert {cut_and_caption(long, rng, whole, 29)[1] for _ in range(20)} == {("y" * 9,) * 3}
 
 
-def test_windows_are_clips_without_their_first_latent():
+@pytest.mark.parametrize("kind", ["records", "cache"])
+def test_windows_are_clips_without_their_first_latent(kind, tmp_path):
     source = [record(i, frames=3 + i % 3) for i in range(40)]
+    if kind == "cache":
+        writer = LatentWriter(tmp_path, CacheInfo("w", "a" * 64, (4, 16, 16), 4, {}), clips=40)
+        with writer.shard(*writer.missing()) as out:
+            for clip in source:
+                out.add(clip)
+        source = LatentSource(tmp_path)
     with loader(source, epochs=10, window_share=0.5) as batches:
         clips = [clip for batch in batches for row in unpack_rows(batch) for clip in row]
     for clip in clips:
@@ -90,3 +101,43 @@ def test_windows_are_clips_without_their_first_latent():
     assert abs(np.mean([clip.headless for clip in clips]) - 0.5) < 0.1
     with loader([record(i, frames=2) for i in range(40)], epochs=1, window_share=1.0) as batches:
         assert not any(clip.headless for batch in batches for row in unpack_rows(batch) for clip in row)
+
+
+def test_a_window_is_its_canvas_after_the_first_latent_has_left_it():
+    with loader([record(i, frames=4) for i in range(8)], epochs=1, window_share=1.0) as batches:
+        clip = unpack_rows(next(batches))[0][0]
+    h, w = clip.latents.shape[1:3]
+    size = {"row_tokens": 3 * h * w, "row_text": len(clip.text), "row_groups": 3}
+    row = fill_rows([[0]], [clip], **size)
+    whole = canvas.lay_out(canvas.text_to_video("a", Extent(13, 8 * h, 8 * w)), Stride(4, 8, 8), Stride(1, 1, 1))
+    left = h * w
+    np.testing.assert_array_equal(row["positions"][0], whole.positions[left:])
+    np.testing.assert_array_equal(row["level_ids"][0], whole.level_ids[left:] - 1)
+    assert row["group_frame"][0].tolist() == [1, 2, 3]
+    assert row["group_count"][0].tolist() == [4, 4, 4]
+
+
+def test_a_row_of_a_cut_clip_is_the_row_of_its_storyboard():
+    with loader([cut_record(i) for i in range(8)], epochs=1) as batches:
+        clip = unpack_rows(next(batches))[0][0]
+    h, w = clip.latents.shape[1:3]
+    row = fill_rows([[0]], [clip], row_tokens=6 * h * w, row_text=len(clip.text), row_groups=6)
+    board = canvas.storyboard([("a", 9), ("b", 1), ("c", 5)], 8 * h, 8 * w)
+    layout = canvas.lay_out(board, Stride(4, 8, 8), Stride(1, 1, 1))
+    for name in ("positions", "segment_ids", "prompt_ids", "level_ids"):
+        np.testing.assert_array_equal(row[name][0], getattr(layout, name), name)
+
+
+def test_prompts_of_shots_that_fit_no_row_together_are_refused_at_once(tmp_path):
+    writer = LatentWriter(tmp_path, CacheInfo("w", "a" * 64, (4, 16, 16), 4, {}), clips=8)
+    with writer.shard(*writer.missing()) as out:
+        for index in range(8):
+            out.add(cut_record(index))
+    source = LatentSource(tmp_path)
+    for places in (11, 12):  # "a7!", "b7!" and "c7!", and an end each
+        if places == 12:
+            with loader(source, row_text=places) as batches:
+                assert len(next(batches)["text_tokens"][0]) == 12
+        else:
+            with pytest.raises(UserError, match="has 12 text tokens and a row holds 11"):
+                loader(source, row_text=places)

@@ -123,6 +123,8 @@ def test_what_a_mask_gives_of_each_frame_stays(pipe):
     assert (video.latents[:, inside] != latents[:, inside]).all()
     (other,) = pipe.sample_canvases([inpaint("a red ball", clip[::-1].copy(), made)], seeds=[1], output="latents")
     assert (video.latents[:, inside] != other.latents[:, inside]).any()
+    with pytest.raises(UserError, match="sampled together have one layout, given parts included: call once for each"):
+        pipe.sample_canvases([canvas, inpaint("a red ball", clip, ~made)], seeds=[1, 1])
 
 
 def test_a_video_arrives_at_its_last_image(pipe):

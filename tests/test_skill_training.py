@@ -22,6 +22,8 @@ from sora_jax.training.diffusion_step import DiffusionModules, TokenErrors, diff
 from sora_jax.training.diffusion_validation import make_diffusion_validation
 from sora_jax.training.stage import mean_over
 
+pytestmark = pytest.mark.usefixtures("quick_training")
+
 NETWORK = TransformerConfig(
     n_layers=1,
     n_heads=2,
@@ -188,6 +190,7 @@ def test_packed_is_separate(mode: str):
 # ---------------------------------------------------------------------------------------------------------- validation
 
 
+@pytest.mark.slow
 def test_each_mode_has_a_validation_loss_over_the_clips_that_can_have_it():
     modules, params = network(1)
     config = only(uniform=1.0, first=0.5, rolling=0.5, shots=0.5, outside=0.5)

@@ -17,6 +17,8 @@ from sora_jax.errors import UserError
 from sora_jax.shapes import Stride
 from sora_jax.tokens.packing import Clip, ShotSize, fill_rows
 
+pytestmark = pytest.mark.usefixtures("quick_training")
+
 ROWS = 600
 SIZE = (4, 6)  # tokens of a frame of the videos
 TEXT = np.array([5, 6, 1], np.int32)
@@ -158,7 +160,8 @@ def test_a_row_of_training_is_the_row_of_the_canvas():
     rows = RowIndex(**{name: jnp.asarray(row[name]) for name in RowIndex._fields})
     found = 0
     for seed, mode in itertools.product(range(8), ("inside", "outside", "blocks")):
-        drawn = draw_levels(jax.random.key(seed), LevelsConfig(modes=only(**{mode: 1.0})), rows)
+        config = LevelsConfig(modes=only(**{mode: 1.0}))
+        drawn = jax.jit(draw_levels, static_argnums=1)(jax.random.key(seed), config, rows)
         level_ids, given = np.asarray(drawn.level_ids[0]), np.asarray(drawn.given[0])
         mask = given[level_ids].reshape(3, *SIZE)[0]
         if not mask.any():
@@ -245,7 +248,8 @@ def test_levels_of_validation_stand_still(mode: str):
     config = LevelsConfig(low=0.1, high=0.9, modes=only(uniform=1.0, rolling=1.0))
     parts = (np.arange(10) + 0.5) / 10
     rows = index(8)
-    draws = [jax.tree.map(np.asarray, fixed_levels(jax.random.key(1), config, rows, mode, part)) for part in parts]
+    at = jax.jit(lambda part: fixed_levels(jax.random.key(1), config, rows, mode, part))
+    draws = [jax.tree.map(np.asarray, at(part)) for part in parts]
     segment = CUT if mode == "shots" else WINDOW if mode == "rolling" else VIDEO
     for draw_, part in zip(draws, parts, strict=True):
         assert (groups_of(draw_.mode, segment) == MODES.index(mode)).all()

@@ -151,12 +151,17 @@ def cut_and_caption(
 
     if clip.shots and keep > 1:
         shots = [shot for shot, end in zip(clip.shots, ends, strict=True) if end <= keep]
-        most_each = (most_bytes + 1) // len(shots) - 1
+        most_each = most_of_shot(most_bytes, len(shots))
         texts = [_choose(shot.captions, rng.random(), most_each) for shot in shots]
         sizes = [shots[0].latents - start, *(shot.latents for shot in shots[1:])]
         return Cut(slice(start, keep), tuple(texts), tuple(sizes) if len(shots) > 1 else ())
     captions = clip.captions_image if keep < min(frames, 3) else clip.captions
     return Cut(slice(start, keep), (_choose(captions, which, most_bytes),), ())
+
+
+def most_of_shot(most_bytes: int, shots: int) -> int:
+    """Bytes that each of several captions may have which stand in a row in place of one, with a place between two."""
+    return (most_bytes + 1) // shots - 1
 
 
 def _choose(captions: Sequence[str], which: float, most_bytes: int) -> str:
@@ -206,8 +211,9 @@ class Elements:
         texts = [np.asarray(self.tokenize(caption), np.int32) for caption in captions]
         shots = tuple(ShotSize(n, len(text)) for n, text in zip(used.shots, texts, strict=False))
         size = (used.latents.stop - used.latents.start, *header.shape[1:])
-        every = (*header.captions, *header.captions_image, *(text for shot in header.shots for text in shot.captions))
-        long = sum(len(text.encode()) > most_bytes for text in every)
+        most_each = most_of_shot(most_bytes, max(len(header.shots), 1))
+        long = sum(len(text.encode()) > most_bytes for text in (*header.captions, *header.captions_image))
+        long += sum(len(text.encode()) > most_each for shot in header.shots for text in shot.captions)
         own = None if latents is None else latents[used.latents]
         headless = used.latents.start > 0
         return Element(number, record, size, np.concatenate(texts), header.source, own, long, shots, headless)
