@@ -22,8 +22,6 @@ from sora_jax.training.diffusion_step import DiffusionModules, TokenErrors, diff
 from sora_jax.training.diffusion_validation import make_diffusion_validation
 from sora_jax.training.stage import mean_over
 
-pytestmark = pytest.mark.usefixtures("quick_training")
-
 NETWORK = TransformerConfig(
     n_layers=1,
     n_heads=2,

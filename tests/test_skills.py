@@ -17,8 +17,6 @@ from sora_jax.errors import UserError
 from sora_jax.shapes import Stride
 from sora_jax.tokens.packing import Clip, ShotSize, fill_rows
 
-pytestmark = pytest.mark.usefixtures("quick_training")
-
 ROWS = 600
 SIZE = (4, 6)  # tokens of a frame of the videos
 TEXT = np.array([5, 6, 1], np.int32)
