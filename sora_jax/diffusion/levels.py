@@ -4,7 +4,7 @@ A group is one latent frame of one video of a packed row. Every video of a row d
 `LevelsConfig`:
 
     uniform   one level for the whole video                                      text to video
-    per_frame an independent level per frame (Chen et al. 2024, arXiv:2407.01392)  rolling and extending
+    per_frame an independent level per frame (Chen et al. 2024, arXiv:2407.01392)  extending, frame by frame
     first     the first frame is given, one level for the rest                    animating a still
     last      the last frame is given
     both      the first and the last frame are given                              connecting
@@ -44,7 +44,7 @@ from sora_jax.errors import UserError
 
 @dataclass(frozen=True)
 class ModeWeights:
-    """How often each mode is drawn, in proportion; the order is that of the mode numbers."""
+    """How often each mode is drawn, in proportion; the order is that of the mode numbers, and is kept."""
 
     uniform: float = 0.6
     per_frame: float = 0.1
@@ -54,6 +54,7 @@ class ModeWeights:
     random: float = 0.05
     rolling: float = 0.0
     shots: float = 0.0
+    # Those of `masks.MASKS`, in that order; none after them.
     inside: float = 0.0
     outside: float = 0.0
     blocks: float = 0.0

@@ -9,6 +9,7 @@ Noise, and what of a clip is given, are the same at every validation of every ru
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -89,24 +90,21 @@ def _by_mode(
         params = complete(kept, params)
         groups = rows.group_segment.shape[1]
 
-        def errors_of(draw: tuple[jax.Array, Levels, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            index, drawn, counts = draw
+        def levels_of(mode: str, index: jax.Array) -> tuple[Levels, jax.Array]:
+            fixed = jax.random.fold_in(key, MODES.index(mode))
+            drawn = fixed_levels(fixed, levels, index_of(rows), mode, (index + 0.5) / BANDS)
+            return _with_column(drawn, groups), _has_mode(mode, drawn.mode, rows)
+
+        def errors_of(skill: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+            drawn, can = jax.lax.switch(skill, [partial(levels_of, mode) for mode in skills], index)
             noise = jax.random.normal(jax.random.fold_in(key, index), rows.tokens.shape, jnp.float32)
             errors = diffusion_errors(modules, params, rows, drawn, noise, dtype)
-            means, tokens = loss_by_level(errors.error, errors.counted & counts, errors.sigma, edges)
+            means, tokens = loss_by_level(errors.error, errors.counted & can, errors.sigma, edges)
             return jnp.where(tokens > 0, means * tokens, 0.0), tokens
 
-        def draws_of(mode: str) -> tuple[jax.Array, Levels, jax.Array]:
-            of_mode = jax.random.fold_in(key, MODES.index(mode))
-
-            def draw(index: jax.Array) -> tuple[jax.Array, Levels, jax.Array]:
-                drawn = _with_column(fixed_levels(of_mode, levels, index_of(rows), mode, (index + 0.5) / BANDS), groups)
-                return index, drawn, _has_mode(mode, drawn.mode, rows)
-
-            return jax.vmap(draw)(jnp.arange(BANDS))
-
-        draws = jax.tree.map(lambda *each: jnp.concatenate(each), *map(draws_of, skills))
-        sums, tokens = (x.reshape(len(skills), BANDS, BANDS).sum(axis=1) for x in jax.lax.map(errors_of, draws))
+        draws = jnp.divmod(jnp.arange(len(skills) * BANDS), BANDS)
+        by_draw = jax.lax.map(lambda draw: errors_of(*draw), draws)
+        sums, tokens = (x.reshape(len(skills), BANDS, BANDS).sum(axis=1) for x in by_draw)
         found: dict[str, jax.Array] = {}
         for number, mode in enumerate(skills):
             of_band = [
