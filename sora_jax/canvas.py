@@ -9,6 +9,7 @@ canvas:
     extend          one span that begins with the frames of a video
     connect         a span that is made, then one that is given whole: the last frame, or a clip to arrive at
     storyboard      several spans, each with a prompt: shots of one video that see each other, with cuts between them
+    inpaint         one span, given whole but for a part of each frame
 
 `lay_out` turns a canvas into the index arrays of a row of tokens (see `shapes.Condition`). Time counts latents across
 spans. The autoencoder is causal, so what is given at the beginning of a span has the same latents whatever follows.
@@ -17,7 +18,7 @@ spans. The autoencoder is causal, so what is given at the beginning of a span ha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
@@ -30,11 +31,12 @@ from sora_jax.tokens.patchify import token_positions
 @dataclass(frozen=True)
 class Span:
     """A clip of `frames` frames that follows `prompt`; `given` [T0, H, W, 3] are its first frames, T0 = 1 + 4j <=
-    frames."""
+    frames. Where `given_where` says so, only some pixels of each frame are given, and then all frames are there."""
 
     frames: int
     prompt: str
     given: UInt8[np.ndarray, "T0 H W 3"] | None = None
+    given_where: Bool[np.ndarray, "H W"] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,23 @@ def storyboard(shots: Sequence[tuple[str, int]], height: int, width: int) -> Can
     return Canvas(tuple(Span(frames, prompt) for prompt, frames in shots), height, width)
 
 
+def inpaint(prompt: str, video: UInt8[np.ndarray, "T H W 3"], made: Bool[np.ndarray, "H W"]) -> Canvas:
+    """`video`, T = 1 + 4k, made anew where `made` says so, whose edges lie between tokens (see `lay_out`).
+
+    The autoencoder sees all of `video`, as it does in training, so what is given at the edge of the part that is made
+    knows a little of what was there.
+    """
+    frames, height, width = video.shape[:3]
+    return Canvas((Span(frames, prompt, video, ~made),), height, width)
+
+
 # ------------------------------------------------------------------------------------------------ layout
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A canvas as one row of N tokens in G noise-level groups (one per latent frame, in order)."""
+    """A canvas as one row of N tokens in G noise-level groups: one per latent frame, in order, and where parts of
+    frames are given one more, which is given, for the tokens of all these parts."""
 
     latents: tuple[Extent, ...]  # (F, h, w) of each span
     positions: Int[np.ndarray, "N 3"]
@@ -127,19 +140,25 @@ class Layout:
     def given(self) -> Bool[np.ndarray, " N"]:
         return self.given_groups[self.level_ids]
 
+    def is_like(self, other: Layout) -> bool:
+        """Whether canvases of both can share a batch: the same spans, and the same parts of them given."""
+        return all(np.array_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+
 
 def lay_out(canvas: Canvas, stride: Stride, patch: Stride) -> Layout:
     """The row of tokens that a canvas is for an autoencoder of `stride` and a transformer of `patch`.
 
     Raises `UserError`, naming the nearest sizes that work, where a span cannot be made.
     """
-    extents, positions, prompt_ids, level_ids, given_groups = [], [], [], [], []
+    extents, positions, prompt_ids, level_ids, given_groups, in_part = [], [], [], [], [], []
     time = 0
     for index, span in enumerate(canvas.spans):
         extent = latent_extent(Extent(span.frames, canvas.height, canvas.width), stride, patch)
         tokens = token_extent(extent, patch)
-        given_frames = 0
-        if span.given is not None:
+        given_frames, part = 0, np.zeros(tokens[1:], np.bool_)
+        if span.given_where is not None:
+            part = _token_mask(span, canvas, stride, patch)
+        elif span.given is not None:
             given = latent_extent(Extent(span.given.shape[0], canvas.height, canvas.width), stride, patch)
             given_frames = token_extent(given, patch).frames
         extents.append(extent)
@@ -148,12 +167,40 @@ def lay_out(canvas: Canvas, stride: Stride, patch: Stride) -> Layout:
         frame_of_token = np.repeat(np.arange(tokens.frames, dtype=np.int32), tokens.height * tokens.width)
         level_ids.append(frame_of_token + time)
         given_groups.append(np.arange(tokens.frames) < given_frames)
+        in_part.append(np.tile(part.ravel(), tokens.frames))
         time += tokens.frames
+    masked = np.concatenate(in_part)
+    if masked.any():
+        given_groups.append(np.ones(1, np.bool_))
     return Layout(
         latents=tuple(extents),
         positions=np.concatenate(positions).astype(np.int32),
         segment_ids=np.ones(sum(len(p) for p in positions), np.int32),
         prompt_ids=np.concatenate(prompt_ids),
-        level_ids=np.concatenate(level_ids).astype(np.int32),
+        level_ids=np.where(masked, time, np.concatenate(level_ids)).astype(np.int32),
         given_groups=np.concatenate(given_groups),
     )
+
+
+def _token_mask(span: Span, canvas: Canvas, stride: Stride, patch: Stride) -> Bool[np.ndarray, "h w"]:
+    """`span.given_where` in tokens. Raises `UserError` where it is not about the whole span, cuts through a token, or
+    leaves nothing to make."""
+    where, size = span.given_where, (canvas.height, canvas.width)
+    assert where is not None
+    frames = 0 if span.given is None else len(span.given)
+    if where.shape != size or frames != span.frames:
+        raise UserError(
+            f"a part of each frame is given by all {span.frames} frames and a mask of {size[1]}x{size[0]}, not by "
+            f"{frames} frames and a mask of {where.shape[1]}x{where.shape[0]}"
+        )
+    height, width = stride.height * patch.height, stride.width * patch.width
+    cells = where.reshape(size[0] // height, height, size[1] // width, width)
+    given = np.asarray(cells.all(axis=(1, 3)))
+    if (cells.any(axis=(1, 3)) != given).any():
+        raise UserError(
+            f"the mask cuts through tokens of {width}x{height} pixels: put its edges at multiples of {width} across "
+            f"and {height} down"
+        )
+    if given.all():
+        raise UserError("all of every frame is given: nothing is left to make")
+    return given

@@ -46,11 +46,16 @@ class DataConfig:
     height: int = 64
     width: int = 64
     sizes: tuple[tuple[int, int], ...] = ()  # of the world's clips in turn, (height, width); () = height x width alone
+    shots: tuple[tuple[int, ...], ...] = ()  # of the world's clips in turn, frames of each shot; () = uncut clips alone
     mix: Mix = field(default_factory=Mix)  # how often each thing happens in the world
     fps: float = 8.0
     image_share: float = 0.3  # of the clips, cut to one frame
     prefix_share: float = 0.0  # of the clips, cut to a shorter one (diffusion stage)
+    window_share: float = (
+        0.0  # of the clips, without their first latent, for rolling films (needs levels.modes.rolling)
+    )
     caption_dropout: float = 0.1  # of the clips, with the empty prompt, for classifier-free guidance
+    shot_dropout: float = 0.0  # of the shots of cut clips, with the empty prompt
     row_tokens: int = 80  # N: tokens in a row
     row_text: int = 160  # L: text tokens in a row
     skip_long_captions: bool = False  # of a clip's captions only those that fit a row; else one too long is an error
@@ -157,6 +162,11 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
+        if self.data.window_share > 0 and self.levels.modes.rolling <= 0:
+            raise UserError(
+                f"data.window_share={self.data.window_share} makes windows that begin inside a span, which are trained "
+                "at rising levels alone: give levels.modes.rolling a weight"
+            )
         if (self.train.learns == "lora") != bool(self.transformer.lora_rank):
             raise UserError(
                 f"train.learns={self.train.learns} and transformer.lora_rank={self.transformer.lora_rank}: adapters "

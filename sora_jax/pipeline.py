@@ -191,6 +191,10 @@ class Pipeline(Pieces):
                 raise UserError("the prompt is empty: say what the video shows")
             self.folder.tokenizer.encode(text)  # says what is wrong with a prompt before anything is made
         layout = lay_out(drawn[0], self.stride, self.patch)
+        if not all(lay_out(one, self.stride, self.patch).is_like(layout) for one in drawn[1:]):
+            raise UserError(
+                "canvases that are sampled together have one layout, given parts included: call once for each"
+            )
         channels = self.folder.autoencoder_config.z_dim
         shape = (len(drawn), sum(extent.frames for extent in layout.latents), *layout.latents[0][1:], channels)
         if noise is None:

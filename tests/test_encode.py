@@ -101,6 +101,39 @@ def test_latents_are_those_of_each_clip_alone(encode, autoencoder, tmp_path):
     assert np.std([record.latents[0].mean() for record in cache]) > 1e-3, "clips differ"
 
 
+def test_each_shot_of_a_cut_clip_is_encoded_alone(encode, autoencoder, tmp_path):
+    class Cut(Clips):
+        """Every other clip has a shot of 5 frames and one of 3."""
+
+        def batch(self, indices):
+            return [self.cut(clip) if int(clip["source"][5:]) % 2 else clip for clip in super().batch(indices)]
+
+        def cut(self, clip):
+            more = np.random.default_rng(99).integers(0, 256, (3, 8, 8, 3), np.uint8)
+            shots = [(5, ["before", "at first"]), (3, ["after"])]
+            return {**clip, "frames": np.concatenate([clip["frames"], more]), "captions": [], "shots": shots}
+
+    encode(Cut([5, 5, 1, 5, 5, 5]))  # in batches of three clips, which have up to five shots
+    encode(Clips([5, 5, 1, 5, 5, 5]), "whole")
+    alone = [{"frames": Cut([5]).cut({"frames": np.zeros((0, 8, 8, 3), np.uint8)})["frames"]}]
+    second = Clips([3])
+    second.frames = lambda index: alone[0]["frames"]
+    encode(second, "second")
+    cache, whole = LatentSource(tmp_path / "cache"), LatentSource(tmp_path / "whole")
+    (after,) = LatentSource(tmp_path / "second")
+    for index, (record, other) in enumerate(zip(cache, whole, strict=True)):
+        first = record.latents[: len(other.latents)]
+        np.testing.assert_array_equal(first, other.latents)
+        if index % 2:
+            assert [shot.latents for shot in record.shots] == [3, 2]
+            assert [shot.captions for shot in record.shots] == [("before", "at first"), ("after",)]
+            assert record.pixels == (8, 8, 8)
+            np.testing.assert_array_equal(record.latents[3:], after.latents)
+        else:
+            assert record.shots == ()
+            assert len(record.latents) == len(other.latents)
+
+
 def test_first_latent_is_that_of_the_first_frame(encode, tmp_path):
     """So that images, and shorter clips, may be cut from the latents of a clip."""
     encode(Clips([5, 5]), "videos")
@@ -198,6 +231,12 @@ def test_command_encodes_the_world(capsys, tiny_model, tmp_path):
     assert code == 0, err
     document = json.loads(out)
     assert (document["clips"], document["made"], document["left_out"]) == (6, 6, [])
+    cut = ["--shots", "5+1", *size[2:]]
+    assert run(capsys, "world", "--clips", 3, "--seed", 3, "--out", tmp_path / "cut", *cut)[0] == 0
+    for clip in LatentSource(tmp_path / "cut"):
+        assert [shot.latents for shot in clip.shots] == [2, 1]
+        assert all(len(shot.captions) == 6 for shot in clip.shots)
+    assert json.loads((tmp_path / "cut" / "manifest.json").read_text())["source"]["shots"] == [[5, 1]]
     source = LatentSource(tmp_path / "w")
     assert [record.source for record in source] == [f"world/train/3/{i}" for i in range(6)]
     assert {(len(r.captions), len(r.captions_image)) for r in source} == {(6, 3)}

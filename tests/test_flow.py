@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sora_jax.diffusion import flow
-from sora_jax.diffusion.levels import MODES, LevelsConfig, ModeWeights, draw_levels
+from sora_jax.diffusion.levels import MODES, LevelsConfig, ModeWeights, RowIndex, draw_levels
 from sora_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -59,15 +59,17 @@ def draw(config, seed=0):
     frame = np.tile([*range(FRAMES), 0, 0], (ROWS, 1))
     count = np.tile([FRAMES] * FRAMES + [1, 0], (ROWS, 1))
     segment_ids = np.tile(np.repeat([1, 2, 0], [16 * FRAMES, 16, 4]), (ROWS, 1))
-    out = draw_levels(
-        jax.random.key(seed),
-        config,
-        group_segment=jnp.asarray(segment),
-        group_frame=jnp.asarray(frame),
-        group_count=jnp.asarray(count),
-        segment_ids=jnp.asarray(segment_ids),
+    level_ids = np.tile(np.repeat([*range(FRAMES + 1), 0], [16] * (FRAMES + 1) + [4]), (ROWS, 1))
+    index = RowIndex(
+        positions=np.zeros((*segment_ids.shape, 3), np.int32),  # what is drawn here does not depend on places
+        segment_ids=segment_ids,
+        prompt_ids=segment_ids,
+        level_ids=level_ids,
+        group_segment=segment,
+        group_frame=frame,
+        group_count=count,
     )
-    return jax.tree.map(np.asarray, out)
+    return jax.tree.map(np.asarray, draw_levels(jax.random.key(seed), config, jax.tree.map(jnp.asarray, index)))
 
 
 def test_density_is_logit_normal_with_the_resolution_shift():
@@ -105,7 +107,7 @@ def test_modes_come_in_proportion_and_give_what_they_say():
     mode = levels.mode[:, 0]
     assert (levels.mode[:, video] == mode[:, None]).all()
     shares = np.bincount(mode, minlength=len(MODES)) / ROWS
-    np.testing.assert_allclose(shares, np.array([2, 1, 1, 1, 1, 2]) / 8, atol=0.03)
+    np.testing.assert_allclose(shares, np.array([2, 1, 1, 1, 1, 2, *[0] * (len(MODES) - 6)]) / 8, atol=0.03)
 
     given, sigma = levels.given[:, video], levels.sigma[:, video]
     expected = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from etils.epath import stat_utils
 from etils.epath.testing import mock_epath
 
-from sora_jax.data.latents import BadRecordError, CacheInfo, LatentRecord, LatentSource, LatentWriter
+from sora_jax.data.latents import BadRecordError, CacheInfo, LatentRecord, LatentSource, LatentWriter, ShotHeader
 from sora_jax.errors import UserError
 
 INFO = CacheInfo("world", "a" * 64, (4, 16, 16), 3, {"world": {"seed": 0}})
@@ -54,6 +55,36 @@ def test_what_is_read_is_what_was_written(tmp_path):
     assert source.longest_caption == "un été"  # 8 bytes in UTF-8, one more than "image 9"
     with pytest.raises(IndexError):
         source[10]
+
+
+def test_a_cache_without_cut_clips_is_what_it_was_before_there_were_any(tmp_path):
+    """Byte for byte: other versions read it, and runs that were trained on it know it again."""
+    encode(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["version"] == 1
+    entry = {"index", "file", "clips", "count", "bytes", "sizes", "longest_caption", "headers", "skipped"}
+    assert all(shard.keys() == entry for shard in manifest["shards"])
+    text = '{"shape":[2,2,1,3],"captions":["clip 1","un été"],"captions_image":["image 1"],"fps":8.0,"source":"s/1",'
+    header = (text + '"pixels":[5,32,16]}').encode()
+    assert record(1).to_bytes() == len(header).to_bytes(4, "little") + header + record(1).latents.tobytes()
+
+
+def test_cut_clips_keep_their_shots(tmp_path):
+    shots = (ShotHeader(2, ("a ball", "one ball")), ShotHeader(1, ("a star that falls",)))
+    cut = dataclasses.replace(record(5, frames=3), captions=(), shots=shots)
+    writer = LatentWriter(tmp_path, INFO, clips=2)
+    with writer.shard(*writer.missing()) as out:
+        out.add(record(0))
+        out.add(cut)
+    source = LatentSource(tmp_path)
+    np.testing.assert_array_equal(source[1].latents, cut.latents)
+    assert (source[0].shots, source[1].shots, source.header(1).shots) == ((), shots, shots)
+    assert source.longest_caption == "one ball a star that falls", "which stand in a row together"
+    # Readers that take the shots for one clip would train on the wrong thing: they refuse the version.
+    assert json.loads((tmp_path / "manifest.json").read_text())["version"] == 2
+    assert LatentWriter(tmp_path, INFO, clips=2).missing() == []
+    with pytest.raises(BadRecordError, match="its shots have 3 latents of 2"):
+        LatentRecord.from_bytes(dataclasses.replace(cut, latents=cut.latents[:2]).to_bytes())
 
 
 def test_part_of_a_cache_and_other_processes(tmp_path):

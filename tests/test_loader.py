@@ -14,7 +14,7 @@ import pytest
 
 from sora_jax.data.latents import BadRecordError, CacheInfo, LatentRecord, LatentSource, LatentWriter
 from sora_jax.data.loader import make_loader
-from sora_jax.data.stream import cut_and_caption
+from sora_jax.data.stream import LoaderOptions, cut_and_caption
 from sora_jax.errors import UserError
 from sora_jax.tokens.packing import PackedRows, unpack_rows
 
@@ -44,6 +44,14 @@ def records(count=40):
 
 def loader(source=None, **options):
     return make_loader(source if source is not None else records(), tokenize=tokenize, **ROW | options)
+
+
+def cut(clip, rng, image_share, prefix_share, *most_bytes):
+    """What is used of a clip of one shot: how many latents, and its caption."""
+    shares = {"image_share": image_share, "prefix_share": prefix_share}
+    latents, (caption,), shots = cut_and_caption(clip, rng, LoaderOptions(**ROW | shares), *most_bytes)
+    assert (latents.start, shots) == (0, ())
+    return latents.stop, caption
 
 
 def contents(batch):
@@ -198,7 +206,7 @@ def test_rows_of_like_cost_come_in_one_step():
         """Standard deviation of the costs of rows within a step, averaged over steps."""
         source = [record(i, frames=(1, 12)[i % 12 == 0]) for i in range(240)]
         with loader(source, epochs=1, plan_steps=plan_steps, quadratic=1 / 192, row_text=200) as batches:
-            steps = [[[r.shape[0] * 4 for r, _ in row] for row in unpack_rows(batch)] for batch in batches]
+            steps = [[[len(clip.latents) * 4 for clip in row] for row in unpack_rows(batch)] for batch in batches]
         found = [
             np.std([sum(n + n * n / (6 * 32) for n in row) for row in step]) for step in steps if all(map(sum, step))
         ]
@@ -216,7 +224,7 @@ def test_cut_clips_get_captions_that_are_true_of_them():
     rng, clip = np.random.default_rng(0), record(7, frames=5)
     lengths = Counter()
     for _ in range(4000):
-        keep, caption = cut_and_caption(clip.header, rng, image_share=0.3, prefix_share=0.3)
+        keep, caption = cut(clip.header, rng, image_share=0.3, prefix_share=0.3)
         lengths[keep] += 1
         assert caption in (clip.captions if keep >= 3 else clip.captions_image)
     # 1 latent: 0.3; 2, 3 and 4 latents: 0.1 each; whole: 0.4. Five standard deviations are below 0.04.
@@ -227,24 +235,24 @@ def test_cut_clips_get_captions_that_are_true_of_them():
 def test_without_image_captions_no_clip_becomes_an_image():
     rng = np.random.default_rng(0)
     clip = LatentRecord(record(7, 5).latents, ("video 7",), (), 8.0, "x", (17, 32, 32))
-    cuts = [cut_and_caption(clip.header, rng, 0.5, 0.5) for _ in range(200)]
+    cuts = [cut(clip.header, rng, 0.5, 0.5) for _ in range(200)]
     assert {keep for keep, _ in cuts} == {3, 4, 5}
     assert {caption for _, caption in cuts} == {"video 7"}
     short = LatentRecord(record(7, 2).latents, ("video 7",), ("image 7",), 8.0, "x", (5, 32, 32))
-    assert cut_and_caption(short.header, rng, 0, 1)[1] == "video 7", "an uncut clip keeps its own captions"
+    assert cut(short.header, rng, 0, 1)[1] == "video 7", "an uncut clip keeps its own captions"
     silent = LatentRecord(short.latents, (), (), 8.0, "x", (5, 32, 32))
-    assert cut_and_caption(silent.header, rng, 0, 0)[1] == ""
+    assert cut(silent.header, rng, 0, 0)[1] == ""
 
 
 def test_captions_too_long_for_a_row_can_be_left_out():
     latents = np.zeros((2, 1, 1, 4), np.float16)
     record = LatentRecord(latents, ("short", "a long caption", "é" * 4), (), 8.0, "x", (5, 16, 16)).header
     rng = np.random.default_rng(0)
-    assert {cut_and_caption(record, rng, 0, 0, 7)[1] for _ in range(50)} == {"short"}, "bytes count, not letters"
-    assert {cut_and_caption(record, rng, 0, 0, 8)[1] for _ in range(50)} == {"short", "é" * 4}
-    assert len({cut_and_caption(record, rng, 0, 0)[1] for _ in range(50)}) == 3
+    assert {cut(record, rng, 0, 0, 7)[1] for _ in range(50)} == {"short"}, "bytes count, not letters"
+    assert {cut(record, rng, 0, 0, 8)[1] for _ in range(50)} == {"short", "é" * 4}
+    assert len({cut(record, rng, 0, 0)[1] for _ in range(50)}) == 3
     # none fits: the packer says so, rather than training without a caption
-    assert cut_and_caption(record, rng, 0, 0, 3)[1]
+    assert cut(record, rng, 0, 0, 3)[1]
 
 
 def test_caption_dropout_and_choice_change_from_visit_to_visit():
@@ -296,6 +304,21 @@ def test_state_of_another_loader_is_refused(change, message):
         next(one)
         with pytest.raises(UserError, match=message):
             other.restore(one.state())
+
+
+def test_a_state_from_before_an_option_goes_on_where_it_is_not_used():
+    with loader() as one:
+        straight = [next(one) for _ in range(4)]
+    with loader() as one:
+        next(one), next(one)
+        state = one.state()
+    new = ("window_share", "shot_dropout")
+    before = {**state, "identity": {name: value for name, value in state["identity"].items() if name not in new}}
+    with loader() as other:
+        other.restore(before)
+        assert_same(next(other), straight[2])
+    with loader(window_share=0.25) as other, pytest.raises(UserError, match=r"window_share was 0\.0 and is 0\.25"):
+        other.restore(before)
 
 
 def test_number_of_workers_and_prefetch_are_free():

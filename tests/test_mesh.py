@@ -26,7 +26,7 @@ from sora_jax.models.transformer import Transformer, TransformerConfig, model_ti
 from sora_jax.shapes import Stride
 from sora_jax.tokens.packing import Clip, PackedRows, clip_shape, fill_rows
 from sora_jax.tokens.planning import ClipShape, LookAhead
-from sora_jax.training.diffusion_step import DiffusionModules, condition_of, diffusion_loss, read_text
+from sora_jax.training.diffusion_step import DiffusionModules, condition_of, diffusion_loss, index_of, read_text
 from sora_jax.training.loop import place, train
 from sora_jax.training.state import state_shardings
 
@@ -102,8 +102,7 @@ def params(heads: int) -> dict[str, nnx.State]:
 
 def loss_and_gradients(heads: int, params: dict, rows: PackedRows) -> tuple[jax.Array, dict]:
     level_key, noise_key = jax.random.split(jax.random.key(2))
-    groups = {name: getattr(rows, name) for name in ("group_segment", "group_frame", "group_count", "segment_ids")}
-    levels = draw_levels(level_key, LevelsConfig(), **groups)
+    levels = draw_levels(level_key, LevelsConfig(), index_of(rows))
     noise = jax.random.normal(noise_key, rows.tokens.shape, jnp.float32)
     loss = functools.partial(diffusion_loss, structures(heads))
     return jax.value_and_grad(lambda p: loss(p, rows, levels, noise))(params)

@@ -17,7 +17,7 @@ from sora_jax.tokens.packing import (
     fill_rows,
     unpack_rows,
 )
-from sora_jax.tokens.planning import ClipShape, LookAhead
+from sora_jax.tokens.planning import ClipShape, LookAhead, ShotSize
 
 ROW = {"row_tokens": 48, "row_text": 24, "row_groups": 8}
 
@@ -30,7 +30,15 @@ def clips(draw, channels=3, patch=Stride(1, 1, 1)):
         frames, height, width = (draw(st.integers(1, top)) * step for top, step in zip((4, 3, 4), patch, strict=True))
         size = frames * height * width * channels
         latents = np.arange(start, start + size, dtype=np.float32).reshape(frames, height, width, channels)
-        out.append(Clip(latents, np.array(draw(st.lists(st.integers(1, 383), min_size=1, max_size=12)), np.int32)))
+        text = np.array(draw(st.lists(st.integers(1, 383), min_size=1, max_size=12)), np.int32)
+        # Cut anywhere into as many shots as both have room for; a prompt may be dropped, and has one id then, too.
+        cuts = draw(st.integers(0, min(frames // patch.time, len(text)) - 1))
+        ends = [
+            [*sorted(draw(st.permutations(range(1, most)))[:cuts]), most] for most in (frames // patch.time, len(text))
+        ]
+        each = [np.diff([0, *end]).tolist() for end in ends]
+        shots = tuple(ShotSize(f * patch.time, t) for f, t in zip(*each, strict=True)) if cuts else ()
+        out.append(Clip(latents, text, shots, headless=draw(st.booleans())))
         start += size
     return out
 
@@ -57,6 +65,7 @@ def test_unpack_inverts_fill(items):
         for index, clip in zip(row, found, strict=True):
             np.testing.assert_array_equal(clip.latents, items[index].latents)
             np.testing.assert_array_equal(clip.text, items[index].text)
+            assert (clip.shots, clip.headless) == (items[index].shots, items[index].headless)
 
 
 @settings(deadline=None, max_examples=30)
@@ -80,13 +89,16 @@ def test_every_token_lands_once_and_its_ids_say_which(items):
     for b, n in zip(*np.nonzero(real), strict=True):
         segment, group = rows["segment_ids"][b, n], rows["level_ids"][b, n]
         clip = items[plan[b][segment - 1]]
-        frame, y, x = rows["positions"][b, n]
+        time, y, x = rows["positions"][b, n]
+        frame = time - clip.headless  # time 0 is the place of a first latent, whether it is there or not
         np.testing.assert_array_equal(rows["tokens"][b, n], clip.latents[frame, y, x])
         assert rows["group_segment"][b, group] == segment
-        assert rows["group_frame"][b, group] == frame
-        assert rows["group_count"][b, group] == len(clip.latents)
+        assert rows["group_frame"][b, group] == time
+        assert rows["group_count"][b, group] == clip.headless + len(clip.latents)
         text = rows["text_tokens"][b, rows["text_ids"][b] == rows["prompt_ids"][b, n]]
-        np.testing.assert_array_equal(text, clip.text)
+        shot = np.searchsorted(np.cumsum([s.frames for s in clip.shots]), frame, side="right") if clip.shots else 0
+        texts = np.split(clip.text, np.cumsum([s.text for s in clip.shots])[:-1].astype(int))
+        np.testing.assert_array_equal(text, texts[shot], "a token reads the prompt of its shot")
     for name in ("positions", "prompt_ids", "level_ids"):
         assert not rows[name][~real].any(), f"{name} of padding is 0"
     # Each used group belongs to one frame of one clip: as many groups as frames.

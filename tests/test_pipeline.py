@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from sora_jax.canvas import lay_out, storyboard, text_to_video
+from sora_jax.canvas import inpaint, lay_out, storyboard, text_to_video
 from sora_jax.diffusion.sampler import find_solver, level_schedule
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -109,6 +109,22 @@ def test_given_frames_come_back_as_the_autoencoder_keeps_them(pipe):
     clip = np.random.default_rng(2).integers(0, 255, (3, 16, 24, 3), np.uint8)
     video = pipe.sample("a red ball", video=clip)
     np.testing.assert_array_equal(video.frames[:3], pipe.decode(pipe.encode(clip[None]))[0])
+
+
+def test_what_a_mask_gives_of_each_frame_stays(pipe):
+    """To the bit in latents; what is made instead sees it."""
+    clip = np.random.default_rng(2).integers(0, 255, (5, 16, 24, 3), np.uint8)
+    made = np.zeros((16, 24), bool)
+    made[8:, 8:] = True  # two tokens of 8 pixels, 2 latents each
+    canvas = inpaint("a red ball", clip, made)
+    (video,) = pipe.sample_canvases([canvas], seeds=[1], output="latents")
+    latents, inside = pipe.encode(clip[None])[0], made[::4, ::4]
+    np.testing.assert_array_equal(video.latents[:, ~inside], latents[:, ~inside])
+    assert (video.latents[:, inside] != latents[:, inside]).all()
+    (other,) = pipe.sample_canvases([inpaint("a red ball", clip[::-1].copy(), made)], seeds=[1], output="latents")
+    assert (video.latents[:, inside] != other.latents[:, inside]).any()
+    with pytest.raises(UserError, match="sampled together have one layout, given parts included: call once for each"):
+        pipe.sample_canvases([canvas, inpaint("a red ball", clip, ~made)], seeds=[1, 1])
 
 
 def test_a_video_arrives_at_its_last_image(pipe):

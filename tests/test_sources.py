@@ -294,6 +294,31 @@ def test_a_world_of_several_sizes_takes_them_in_turn():
     assert source.identity != WorldClips(400, sizes=sizes[:2], frames=5).identity
 
 
+def test_a_world_of_cut_clips_says_what_each_shot_shows():
+    sizes, cuts = [(16, 32), (16, 16)], [(5,), (5, 1, 9)]
+    source = WorldClips(400, seed=2, sizes=sizes, shots=cuts)
+    picked = [3, 64, 130, 200, 300]
+    for index, item in zip(picked, source.batch(picked), strict=True):
+        (height, width), cut = sizes[index // 64 % 2], cuts[index // 128 % 2]
+        world = WorldSource(2, 400, height=height, width=width, shots=cut)[index]
+        np.testing.assert_array_equal(item["frames"], world["frames"])
+        assert len(item["captions_image"]) == 3
+        if len(cut) == 1:
+            assert "shots" not in item
+            uncut = WorldClips(400, seed=2, sizes=sizes, frames=5).batch([index])[0]
+            assert item["captions"] == uncut["captions"], "it is the clip that an uncut world has"
+        else:
+            assert item["captions"] == []
+            assert [frames for frames, _ in item["shots"]] == [5, 1, 9]
+            for shot, (_, captions) in zip(world["scene"].shots, item["shots"], strict=True):
+                assert len(captions) == 6
+                shapes = {"circle" if thing.shape == "ball" else thing.shape for thing in shot.objects}
+                assert any(any(shape in text.replace("ball", "circle") for shape in shapes) for text in captions)
+    assert source.extents == ((9, 16, 32), (9, 16, 16), (5, 16, 32), (5, 16, 16), (1, 16, 32), (1, 16, 16))
+    assert source.identity["shots"] == [[5], [5, 1, 9]]
+    assert "shots" not in WorldClips(400).identity
+
+
 # ---------------------------------------------------------------------------------------------------------- unreadable
 
 

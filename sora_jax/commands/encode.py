@@ -20,6 +20,7 @@ CLUSTER = True  # processes share the shards that are missing
 EXAMPLES = """
     sora-jax encode world --clips 100000 --out latents/world
     sora-jax encode world --clips 100000 --out latents/shapes --sizes 64x64,64x96,96x64
+    sora-jax encode world --clips 100000 --out latents/cuts --shots 17,9+9    # every second clip is cut in two
     sora-jax encode world --clips 100000 --out latents/pairs --mix single=0.3,pair=0.6
     sora-jax encode my_videos --out latents/mine --height 128 --width 192 --fps 8
     sora-jax encode world --split heldout --clips 256 --out gs://bucket/heldout --autoencoder runs/autoencoder
@@ -43,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=64, metavar="PIXELS", help="of the clips (64)")
     parser.add_argument(
         "--sizes", metavar="HxW,HxW,...", help="of the world's clips in turn, in place of --height and --width"
+    )
+    parser.add_argument(
+        "--shots",
+        metavar="N,N+N,...",
+        help="of the world's clips in turn, in place of --frames: the frames of each shot, 1 + 4k; 9+9 is cut in two",
     )
     parser.add_argument("--fps", type=float, metavar="RATE", help="a folder's videos are sampled at this rate (8)")
     parser.add_argument("--clips", type=int, metavar="N", help="how many clips of the world")
@@ -119,6 +125,7 @@ def _check_world_flags(args: argparse.Namespace) -> None:
         ("--seed", args.seed, world),
         ("--split", args.split, world),
         ("--sizes", args.sizes, world),
+        ("--shots", args.shots, world),
         ("--mix", args.mix, world),
         ("--fps", args.fps, not world),
     ):
@@ -139,7 +146,8 @@ def _source(args: argparse.Namespace, step: int) -> WorldClips | FolderSource:
     size = {"frames": args.frames, "height": args.height, "width": args.width}
     if args.source == "world":
         which: dict[str, Any] = {"seed": args.seed or 0, "split": args.split or "train"}
-        return WorldClips(args.clips, **which, sizes=_sizes(args.sizes), mix=_mix(args.mix), **size)
+        which |= {"sizes": _sizes(args.sizes), "shots": _cuts(args.shots), "mix": _mix(args.mix)}
+        return WorldClips(args.clips, **which, **size)
     return FolderSource(args.source, fps=8.0 if args.fps is None else args.fps, step=step, **size)
 
 
@@ -151,6 +159,17 @@ def _sizes(text: str | None) -> list[tuple[int, int]]:
         if not (x and height.isdecimal() and width.isdecimal()):
             raise UserError(f'--sizes takes HxW,HxW,..., say 64x64,64x96: "{part}" is no size')
         found.append((int(height), int(width)))
+    return found
+
+
+def _cuts(text: str | None) -> list[tuple[int, ...]]:
+    """The shots that "17,9+9" names, in frames."""
+    found = []
+    for part in text.split(",") if text else ():
+        shots = part.strip().split("+")
+        if not all(length.isdecimal() and int(length) for length in shots):
+            raise UserError(f'--shots takes N,N+N,..., say 17,9+9: "{part}" is no list of lengths')
+        found.append(tuple(map(int, shots)))
     return found
 
 

@@ -21,11 +21,19 @@ from sora_jax.errors import UserError
 
 MANIFEST = "manifest.json"
 _FORMAT = "sora_jax latents"
-_VERSION = 1
+_VERSION = 2
+_WITHOUT_CUTS = 1  # the version of caches that have no cut clips, which readers of that version read
 
 
 class BadRecordError(ValueError):
     """A record that cannot be read: bit rot, or not one of ours."""
+
+
+class ShotHeader(NamedTuple):
+    """What is known of a shot of a cut clip. Its latents are those of a clip of its own."""
+
+    latents: int  # how many of the clip's
+    captions: tuple[str, ...]  # alternatives
 
 
 @dataclass(frozen=True)
@@ -33,14 +41,26 @@ class LatentHeader:
     """What is known of a clip without its latents: enough to plan rows."""
 
     shape: tuple[int, int, int, int]  # (F, h, w, C) of the latents
-    captions: tuple[str, ...]  # alternatives for the whole clip
+    captions: tuple[str, ...]  # alternatives for the whole clip; of a cut clip its shots have them
     captions_image: tuple[str, ...]  # alternatives for its first frame alone; may be empty
     fps: float
     source: str  # where it came from: "world/train/0/17", "cats/a.mp4@24"
     pixels: tuple[int, int, int]  # (T, H, W) of the frames
+    shots: tuple[ShotHeader, ...] = ()  # of a cut clip, one after the other; () for one shot
+
+    @property
+    def longest_text(self) -> str:
+        """What takes most room in a row: a caption, or the longest ones of all shots together."""
+        shots = " ".join(max(shot.captions, key=utf8_length, default="") for shot in self.shots)
+        return max(*self.captions, *self.captions_image, shots, "", key=utf8_length)
 
     def to_bytes(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
+        values = dataclasses.asdict(self)
+        if self.shots:
+            values["shots"] = [shot._asdict() for shot in self.shots]
+        else:  # as it was before there were any
+            del values["shots"]
+        return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> LatentHeader:
@@ -48,6 +68,9 @@ class LatentHeader:
         try:
             header = json.loads(data)
             frames, height, width, channels = header["shape"]
+            shots = tuple(ShotHeader(int(s["latents"]), tuple(s["captions"])) for s in header.get("shots", ()))
+            if shots and sum(shot.latents for shot in shots) != frames:
+                raise ValueError(f"its shots have {sum(shot.latents for shot in shots)} latents of {frames}")
             return cls(
                 shape=(frames, height, width, channels),
                 captions=tuple(header["captions"]),
@@ -55,6 +78,7 @@ class LatentHeader:
                 fps=float(header["fps"]),
                 source=str(header["source"]),
                 pixels=tuple(header["pixels"]),
+                shots=shots,
             )
         except (ValueError, KeyError, TypeError) as error:
             raise BadRecordError(f"no header of latents: {error}") from error
@@ -70,12 +94,13 @@ class LatentRecord:
     fps: float
     source: str
     pixels: tuple[int, int, int]
+    shots: tuple[ShotHeader, ...] = ()
 
     @property
     def header(self) -> LatentHeader:
         frames, height, width, channels = self.latents.shape
         shape = (frames, height, width, channels)
-        return LatentHeader(shape, self.captions, self.captions_image, self.fps, self.source, self.pixels)
+        return LatentHeader(shape, self.captions, self.captions_image, self.fps, self.source, self.pixels, self.shots)
 
     def to_bytes(self) -> bytes:
         text = self.header.to_bytes()
@@ -90,7 +115,8 @@ class LatentRecord:
             latents = np.frombuffer(data, "<f2", offset=start).reshape(header.shape)
         except ValueError as error:
             raise BadRecordError(f"no record of latents: {error}") from error
-        return cls(latents, header.captions, header.captions_image, header.fps, header.source, header.pixels)
+        known = {f.name: getattr(header, f.name) for f in dataclasses.fields(header) if f.name != "shape"}
+        return cls(latents, **known)
 
 
 @dataclass(frozen=True)
@@ -124,12 +150,18 @@ class ShardEntry:
     longest_caption: str = ""
     headers: bool = False  # whether the headers of all records follow after the records
     skipped: list[str] = field(default_factory=list)  # the clips that could not be read, with the reason
+    cut: int = 0  # records of several shots
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields; `cut` only where there are such records, so that a cache without any is what it always was."""
+        values = dataclasses.asdict(self)
+        return values if self.cut else {name: value for name, value in values.items() if name != "cut"}
 
 
 def write_entry(path: epath.Path, number: int, entry: ShardEntry) -> None:
     """A shard's entry as a file of its own."""
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps({"index": number, **dataclasses.asdict(entry)}, ensure_ascii=False))
+        temporary.write_text(json.dumps({"index": number, **entry.to_json()}, ensure_ascii=False))
 
 
 def read_entry(path: epath.Path) -> tuple[int, ShardEntry]:
@@ -167,7 +199,7 @@ class Manifest:
 
     def in_short(self) -> dict[str, Any]:
         """What tells this cache from another, as JSON."""
-        entries = [dataclasses.asdict(self.shards[index]) for index in sorted(self.shards)]
+        entries = [self.shards[index].to_json() for index in sorted(self.shards)]
         return {
             "autoencoder": self.info.autoencoder,
             "autoencoder_hash": self.info.autoencoder_hash,
@@ -181,13 +213,13 @@ class Manifest:
         entries = {index: self.shards[index] for index in sorted(self.shards)}
         document = {
             "format": _FORMAT,
-            "version": _VERSION,
+            "version": _VERSION if any(entry.cut for entry in entries.values()) else _WITHOUT_CUTS,
             "complete": not self.missing(),
             "count": sum(entry.count for entry in entries.values()),
             **dataclasses.asdict(self.info),
             "clips": self.clips,
             "clips_per_shard": self.clips_per_shard,
-            "shards": [{"index": index, **dataclasses.asdict(entry)} for index, entry in entries.items()],
+            "shards": [{"index": index, **entry.to_json()} for index, entry in entries.items()],
         }
         with whole_file(folder / MANIFEST) as path:
             path.write_text(json.dumps(document, indent=1, ensure_ascii=False))

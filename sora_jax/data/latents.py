@@ -7,6 +7,7 @@
 
 A record is a 4-byte little-endian length, that many bytes of JSON (captions, fps, source, sizes), and the normalised
 latents `[F, h, w, C]` in float16, C order. ArrayRecord keeps a checksum of every record, so bit rot is an error.
+Of a cut clip these are the latents of its shots, one after the other, each encoded as a clip of its own.
 The headers alone are what all processes of a run plan their rows from; each reads the latents of its own rows only.
 
 The autoencoder is causal: the first 1 + k latents of a clip are exactly the latents of its first 1 + stride.time * k
@@ -40,6 +41,7 @@ from sora_jax.data.latent_files import (
     Manifest,
     Shard,
     ShardEntry,
+    ShotHeader,
     file_size,
     is_local,
     read_entry,
@@ -58,6 +60,7 @@ __all__ = [
     "LatentWriter",
     "Shard",
     "ShardWriter",
+    "ShotHeader",
 ]
 
 
@@ -212,7 +215,8 @@ class ShardWriter:
         entry, size = self._entry, "x".join(map(str, record.latents.shape[:3]))
         entry.count += 1
         entry.sizes[size] = entry.sizes.get(size, 0) + 1
-        entry.longest_caption = max(entry.longest_caption, *record.captions, *record.captions_image, key=utf8_length)
+        entry.cut += bool(record.shots)
+        entry.longest_caption = max(entry.longest_caption, record.header.longest_text, key=utf8_length)
 
     def skip(self, reason: str) -> None:
         self._entry.skipped.append(reason)

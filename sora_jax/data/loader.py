@@ -82,8 +82,9 @@ class Loader:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on after the batches that `state` has behind it. Raises `UserError` when it is another loader's."""
         there = state.get("identity", {})
+        before = {field.name: field.default for field in dataclasses.fields(LoaderOptions)}  # there was the option
         for name, ours in self._identity.items():
-            if (theirs := there.get(name)) != ours:
+            if (theirs := there.get(name, before.get(name))) != ours:
                 raise UserError(f"the data cannot go on where it stopped: {name} was {theirs} and is {ours}")
         self._stop()
         self._state = {name: state[name] for name in self._state}
@@ -144,12 +145,12 @@ class Loader:
             plan.append([])
             for element in row:
                 try:
-                    clip = Clip(self._elements.latents(element), element.text)
+                    latents = self._elements.latents(element)
                 except BadRecordError as error:
                     unreadable.add(element.record, step.state["clips"] // options.parts, str(error))
                     continue
                 plan[-1].append(len(clips))
-                clips.append(clip)
+                clips.append(Clip(latents, element.text, element.shots, element.headless))
         return plan, clips
 
     def _stats(self, read: int, clips: int, bad: Sequence[int], left_out: Mapping[str, int]) -> LoaderStats:

@@ -5,6 +5,7 @@ A source has a length, `batch(indices)` and an `identity`. `batch` gives for eac
     frames          uint8 [T, H, W, 3]; T = 1 + step k, and T = 1 for an image
     captions        alternatives for the whole clip
     captions_image  alternatives for its first frame alone; may be empty
+    shots           of a cut clip (frames, captions) of each shot, in place of `captions`; each has 1 + step k frames
     fps             frames a second
     source          where it comes from: "cats/a.mp4@17", "world/train/0/17"
 
@@ -28,7 +29,7 @@ from sora_jax.data.captions import Captioned, read_folder
 from sora_jax.data.clips import ClipRef, Window, cut_video, exact_rate
 from sora_jax.data.latent_files import LatentHeader
 from sora_jax.data.video_io import IMAGE_SUFFIXES, UnreadableError
-from sora_jax.data.world import Mix, WorldSource, shot_captions
+from sora_jax.data.world import Mix, Shot, WorldSource, shot_captions
 from sora_jax.errors import UserError
 from sora_jax.shapes import Extent, Stride
 
@@ -194,7 +195,9 @@ class WorldClips:
     frame 2 short ones and a dense one.
 
     With `sizes`, (height, width) pairs, these take turns, `SIZE_RUN` clips each, so that most batches are of one size;
-    without, all clips are `height` x `width`.
+    without, all clips are `height` x `width`. With `shots`, the frames of each shot of a clip, so do these, each for as
+    many turns as there are sizes: `shots=((17,), (9, 9))` cuts every second clip in two. Each shot of a cut clip has
+    the captions that a whole clip has.
     """
 
     def __init__(
@@ -207,13 +210,19 @@ class WorldClips:
         height: int = 64,
         width: int = 64,
         sizes: Sequence[tuple[int, int]] = (),
+        shots: Sequence[tuple[int, ...]] = (),
         mix: Mix | None = None,
     ):
         if clips < 1:
             raise UserError(f"a world has at least 1 clip, not {clips}")
+        if not all(shots):
+            raise UserError("a clip of the world has at least one shot")
+        self._shots = tuple(shots)
+        self._sizes = tuple(sizes) or ((height, width),)
         self._worlds = [
-            WorldSource(seed, clips, split, frames=frames, height=h, width=w, mix=mix or Mix())
-            for h, w in sizes or ((height, width),)
+            WorldSource(seed, clips, split, frames=sum(cut), height=h, width=w, mix=mix or Mix(), shots=cut)
+            for cut in shots or ((frames,),)
+            for h, w in self._sizes
         ]
 
     def __len__(self) -> int:
@@ -223,36 +232,47 @@ class WorldClips:
     def identity(self) -> dict[str, Any]:
         world = self._worlds[0]
         size: dict[str, Any] = {"height": world.height, "width": world.width}
-        if len(self._worlds) > 1:
-            size = {"sizes": [[each.height, each.width] for each in self._worlds]}
+        if len(self._sizes) > 1:
+            size = {"sizes": [list(size) for size in self._sizes]}
+        cut: dict[str, Any] = {"shots": [list(shots) for shots in self._shots]}
         return {
             "world": world.split,
             "seed": world.seed,
-            "frames": world.frames,
+            **(cut if self._shots else {"frames": world.frames}),
             **size,
             "mix": dataclasses.asdict(world.mix),
         }
 
     @property
     def extents(self) -> tuple[Extent, ...]:
-        return tuple(Extent(world.frames, world.height, world.width) for world in self._worlds)
+        lengths = {frames for world in self._worlds for frames in world.shots or (world.frames,)}
+        return tuple(Extent(frames, *size) for frames in sorted(lengths, reverse=True) for size in self._sizes)
 
     def batch(self, indices: Sequence[int]) -> list[dict[str, Any] | str]:
         made: dict[int, dict[str, Any]] = {}
+        sizes, cuts = len(self._sizes), len(self._worlds) // len(self._sizes)
         for number, world in enumerate(self._worlds):
-            here = [index for index in indices if index // SIZE_RUN % len(self._worlds) == number]
+            turn = [(index, index // SIZE_RUN) for index in indices]
+            here = [index for index, t in turn if (t // sizes % cuts, t % sizes) == divmod(number, sizes)]
             made |= {index: self._captioned(item) for index, item in zip(here, world.batch(here), strict=True)}
         return [made[index] for index in indices]
 
     def _captioned(self, item: dict[str, Any]) -> dict[str, Any]:
         scene = item["scene"]
         rng = np.random.default_rng((_CAPTIONS, scene.seed, scene.index))
-        short, dense = zip(*(shot_captions(scene.shot, rng) for _ in range(4)), strict=True)
-        short_still, dense_still = zip(*(shot_captions(scene.shot, rng, image=True) for _ in range(2)), strict=True)
+        captions = [self._captions(shot, rng) for shot in scene.shots]
+        short_still, dense_still = zip(*(shot_captions(scene.shots[0], rng, image=True) for _ in range(2)), strict=True)
+        one = len(captions) == 1
+        shots = [(shot.frames, said) for shot, said in zip(scene.shots, captions, strict=True)]
         return {
             "frames": item["frames"],
-            "captions": [*short, *dense[:2]],
+            "captions": captions[0] if one else [],
+            **({} if one else {"shots": shots}),
             "captions_image": [*short_still, dense_still[0]],
             "fps": float(item["fps"]),
             "source": f"world/{self._worlds[0].split}/{scene.seed}/{scene.index}",
         }
+
+    def _captions(self, shot: Shot, rng: np.random.Generator) -> list[str]:
+        short, dense = zip(*(shot_captions(shot, rng) for _ in range(4)), strict=True)
+        return [*short, *dense[:2]]

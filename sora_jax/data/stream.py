@@ -19,7 +19,7 @@ from sora_jax.data.latents import BadRecordError, LatentHeader, LatentRecord
 from sora_jax.data.workers import Workers, environment, signals_blocked, start_worker
 from sora_jax.errors import UserError
 from sora_jax.shapes import Extent, Stride, token_extent
-from sora_jax.tokens.planning import ClipShape
+from sora_jax.tokens.planning import ClipShape, ShotSize
 
 _CHUNK = 16  # elements that travel from a worker at once
 
@@ -48,7 +48,9 @@ class LoaderOptions:
     seed: int = 0
     image_share: float = 0.0  # of the clips, cut to their first frame, with a caption of that frame
     prefix_share: float = 0.0  # of the clips, cut to a shorter clip of at least 2 latents
+    window_share: float = 0.0  # of the clips, without their first latent
     caption_dropout: float = 0.0  # of the clips, with the empty prompt
+    shot_dropout: float = 0.0  # of the shots of cut clips, with the empty prompt
     skip_long_captions: bool = False  # of a clip's captions only those that fit a row; else one too long is an error
     skip_misfits: bool = False  # clips that fit no row, or have no caption that does; else one of these is an error
     shuffle: bool = True
@@ -64,13 +66,13 @@ class LoaderOptions:
     stalled_seconds: float = 0.0  # without a batch, after which reading is taken for hung (with prefetch); 0 = never
 
     def __post_init__(self) -> None:
-        for name in ("image_share", "prefix_share", "caption_dropout"):
+        for name in ("image_share", "prefix_share", "window_share", "caption_dropout", "shot_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must be in [0, 1], not {getattr(self, name)}")
-        if self.image_share + self.prefix_share > 1:
-            raise UserError(
-                f"image_share {self.image_share} and prefix_share {self.prefix_share} are more than 1 together"
-            )
+        if self.image_share + self.prefix_share + self.window_share > 1:
+            windows = f", prefix_share {self.prefix_share} and window_share {self.window_share}"
+            others = windows if self.window_share else f" and prefix_share {self.prefix_share}"
+            raise UserError(f"image_share {self.image_share}{others} are more than 1 together")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"the loader's seed must be in [0, 2^32), not {self.seed}")
         if not 0 <= self.part < self.parts or self.rows % self.parts:
@@ -100,6 +102,8 @@ class Element(NamedTuple):
     name: str  # where the clip came from, or why it could not be read
     latents: np.ndarray | None = None  # float16, of that size, where they were read at once
     long_captions: int = 0  # of its captions were not to be had, being too long
+    shots: tuple[ShotSize, ...] = ()  # of a clip of several
+    headless: bool = False  # whether its first latent is left out
 
     @property
     def channels(self) -> int:
@@ -112,32 +116,58 @@ class Element(NamedTuple):
         return ClipShape(extent.volume, len(self.text), extent.frames)
 
 
-def cut_and_caption(
-    clip: LatentHeader,
-    rng: np.random.Generator,
-    image_share: float,
-    prefix_share: float,
-    most_bytes: int = sys.maxsize,
-) -> tuple[int, str]:
-    """How many latents are used of a clip, all or the first ones, and one caption that is true of these.
+class Cut(NamedTuple):
+    """What is used of a clip."""
 
-    Captions of more than `most_bytes` are left out where there are others.
+    latents: slice
+    captions: tuple[str, ...]  # one, or one for each of its shots
+    shots: tuple[int, ...]  # latents of each shot, where there are several
+
+
+def cut_and_caption(
+    clip: LatentHeader, rng: np.random.Generator, options: LoaderOptions, most_bytes: int = sys.maxsize
+) -> Cut:
+    """How much is used of a clip: all, the first latents, or all but the first one; and captions that are true of it.
+
+    Captions of more than `most_bytes` are left out where there are others; so much have the shots of a cut clip
+    together, with a byte between two of them.
 
     One or two latents are an image or less than a second, in which hardly anything happens, so these take a caption
-    of the first frame; a clip that has none is not cut so short.
+    of the first frame; a clip that has none is not cut so short. A cut clip is cut to its first shots, whole ones.
     """
     cut, length, which = rng.random(3)
     frames = clip.shape[0]
+    ends = np.cumsum([shot.latents for shot in clip.shots]).tolist()
     shortest = 2 if clip.captions_image else 3
-    if frames > 1 and clip.captions_image and cut < image_share:
+    shorter = ends[:-1] if clip.shots else range(shortest, frames)
+    images, prefixes = options.image_share, options.image_share + options.prefix_share
+    start, keep = 0, frames
+    if frames > 1 and clip.captions_image and cut < images:
         keep = 1
-    elif frames > shortest and image_share <= cut < image_share + prefix_share:
-        keep = shortest + int(length * (frames - shortest))
-    else:
-        keep = frames
+    elif shorter and images <= cut < prefixes:
+        keep = shorter[int(length * len(shorter))]
+    elif min(ends, default=frames) > 2 and prefixes <= cut < prefixes + options.window_share:
+        start = 1
+
+    if clip.shots and keep > 1:
+        shots = [shot for shot, end in zip(clip.shots, ends, strict=True) if end <= keep]
+        most_each = most_of_shot(most_bytes, len(shots))
+        texts = [_choose(shot.captions, rng.random(), most_each) for shot in shots]
+        sizes = [shots[0].latents - start, *(shot.latents for shot in shots[1:])]
+        return Cut(slice(start, keep), tuple(texts), tuple(sizes) if len(shots) > 1 else ())
     captions = clip.captions_image if keep < min(frames, 3) else clip.captions
-    captions = tuple(text for text in captions if len(text.encode()) <= most_bytes) or captions
-    return keep, captions[int(which * len(captions))] if captions else ""
+    return Cut(slice(start, keep), (_choose(captions, which, most_bytes),), ())
+
+
+def most_of_shot(most_bytes: int, shots: int) -> int:
+    """Bytes that each of several captions may have which stand in a row in place of one, with a place between two."""
+    return (most_bytes + 1) // shots - 1
+
+
+def _choose(captions: Sequence[str], which: float, most_bytes: int) -> str:
+    """One of them, by a number in [0, 1), where there are any; not too long, where there is such a one."""
+    captions = [text for text in captions if len(text.encode()) <= most_bytes] or list(captions)
+    return captions[int(which * len(captions))] if captions else ""
 
 
 class Elements:
@@ -171,21 +201,30 @@ class Elements:
             return Element(number, record, None, np.zeros(0, np.int32), str(error))
         rng = random_stream(options.seed, number)
         most_bytes = options.row_text - 1 if options.skip_long_captions else sys.maxsize
-        keep, caption = cut_and_caption(header, rng, options.image_share, options.prefix_share, most_bytes)
+        used = cut_and_caption(header, rng, options, most_bytes)
+        captions = used.captions
         if rng.random() < options.caption_dropout:
-            caption = ""
-        text = np.asarray(self.tokenize(caption), np.int32)
-        size = (keep, *header.shape[1:])
+            captions = ("",) * len(captions)
+        if used.shots:
+            dropped = rng.random(len(captions)) < options.shot_dropout
+            captions = tuple("" if out else text for out, text in zip(dropped, captions, strict=True))
+        texts = [np.asarray(self.tokenize(caption), np.int32) for caption in captions]
+        shots = tuple(ShotSize(n, len(text)) for n, text in zip(used.shots, texts, strict=False))
+        size = (used.latents.stop - used.latents.start, *header.shape[1:])
+        most_each = most_of_shot(most_bytes, max(len(header.shots), 1))
         long = sum(len(text.encode()) > most_bytes for text in (*header.captions, *header.captions_image))
-        own = None if latents is None else latents[:keep]
-        return Element(number, record, size, text, header.source, own, long)
+        long += sum(len(text.encode()) > most_each for shot in header.shots for text in shot.captions)
+        own = None if latents is None else latents[used.latents]
+        headless = used.latents.start > 0
+        return Element(number, record, size, np.concatenate(texts), header.source, own, long, shots, headless)
 
     def latents(self, element: Element) -> np.ndarray:
         """Of an element that could be read at all. Raises `BadRecordError`."""
         if element.latents is not None:
             return element.latents
         assert element.size is not None
-        return self.source[element.record].latents[: element.size[0]]
+        start = int(element.headless)
+        return self.source[element.record].latents[start : start + element.size[0]]
 
     def record(self, number: int) -> int:
         epoch, place = divmod(number, len(self.source))

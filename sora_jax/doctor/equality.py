@@ -132,7 +132,7 @@ def _loss(config: Config) -> tuple[Callable[..., Any], dict[str, Any]]:
     def loss(params: Any, rows: Any, noise: Any) -> Any:
         groups = rows.group_segment
         sigma = jnp.broadcast_to(jnp.linspace(0.1, 0.9, groups.shape[1]), groups.shape)
-        levels = Levels(sigma, jnp.zeros(groups.shape, bool), jnp.zeros(groups.shape, jnp.int32))
+        levels = Levels(sigma, jnp.zeros(groups.shape, bool), jnp.zeros(groups.shape, jnp.int32), rows.level_ids)
         return jax.value_and_grad(lambda p: diffusion_loss(modules, p, rows, levels, noise))(params)
 
     return loss, params

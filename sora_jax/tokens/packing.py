@@ -4,7 +4,7 @@ A plan is made from shapes alone (`planning`), then filled (`fill_rows`), so tha
 compiles once whatever mixture of images and videos it is fed ("Patch n' Pack", Dehghani et al. 2023,
 arXiv:2307.06304). Nothing is padded inside a clip and nothing is dropped: `unpack_rows` gives every clip back.
 
-    clip      latents [F, h, w, C] and the token ids of its prompt
+    clip      latents [F, h, w, C] and the token ids of its prompt; a cut clip has several shots, each with a prompt
     segment   a clip within its row, numbered from 1; 0 is padding
     group     one token frame of one clip: the unit that has a noise level of its own
 """
@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from sora_jax.pytrees import pytree
 from sora_jax.shapes import Extent, Stride, token_extent
 from sora_jax.tokens.patchify import patchify, token_positions, unpatchify
-from sora_jax.tokens.planning import ClipShape
+from sora_jax.tokens.planning import ClipShape, ShotSize
 
 if TYPE_CHECKING:
     AnyArray = Any  # the loader fills rows with numpy, a step reads them as JAX arrays
@@ -38,8 +38,9 @@ class PackedRows:
     """B rows of N tokens, each holding several clips and their prompts side by side; a pytree of ten arrays.
 
     Two tokens belong to one clip when their `segment_ids` agree; a token reads the text whose `text_ids` equal its
-    `prompt_ids`; its noise level is that of its group. Every id counts from 1 within its row, and 0 is padding,
-    except `level_ids`, which index the G groups of the row (padding tokens point at group 0).
+    `prompt_ids`, which are consecutive for the shots of a clip; its noise level is that of its group. Every id counts
+    from 1 within its row, and 0 is padding, except `level_ids`, which index the G groups of the row (padding tokens
+    point at group 0). Time counts through all shots of a clip from 0, and from 1 in a window without its first latent.
     """
 
     tokens: Float[AnyArray, "B N P"]  # clean normalised latents, one patch a token
@@ -48,8 +49,8 @@ class PackedRows:
     prompt_ids: Int[AnyArray, "B N"]
     level_ids: Int[AnyArray, "B N"]
     group_segment: Int[AnyArray, "B G"]  # the clip a group belongs to; 0 = unused group
-    group_frame: Int[AnyArray, "B G"]  # which frame of its clip, from 0
-    group_count: Int[AnyArray, "B G"]  # how many frames its clip has
+    group_frame: Int[AnyArray, "B G"]  # which frame of its clip: the time of its tokens
+    group_count: Int[AnyArray, "B G"]  # how many frames its clip has, a first one that was cut off included
     text_tokens: Int[AnyArray, "B L"]
     text_ids: Int[AnyArray, "B L"]
 
@@ -58,10 +59,13 @@ class PackedRows:
 
 
 class Clip(NamedTuple):
-    """What a row is filled with: float32 latents `[F, h, w, C]` and int32 token ids `[L]` of the prompt."""
+    """What a row is filled with: float32 latents `[F, h, w, C]` and int32 token ids `[L]` of the prompt; of a cut clip
+    the latents and prompts of all shots, one after the other."""
 
     latents: np.ndarray
     text: np.ndarray
+    shots: tuple[ShotSize, ...] = ()  # of a cut clip; () for one shot
+    headless: bool = False  # a window that begins inside a span, after its first latent
 
 
 class FillRatio(NamedTuple):
@@ -110,7 +114,7 @@ def fill_rows(
     out = {"tokens": np.zeros((B, N, P), np.float32)} | {name: np.zeros(s, np.int32) for name, s in ints.items()}
 
     for b, row in enumerate(plan):
-        n = g = t = 0  # tokens, groups and text tokens placed so far
+        n = g = t = p = 0  # tokens, groups, text tokens and prompts placed so far
         for segment, index in enumerate(row, start=1):
             clip = clips[index]
             extent = token_extent(Extent(*clip.latents.shape[:3]), patch)
@@ -121,19 +125,22 @@ def fill_rows(
                 raise ValueError(
                     f"row {b} of the plan does not fit: its clips take more than {N} tokens, {L} text, {G} groups"
                 )
-            positions = _positions(extent)
+            positions, first = _positions(extent), int(clip.headless)
             out["tokens"][b, here] = patchify(clip.latents, patch)
             out["positions"][b, here] = positions
+            out["positions"][b, here, 0] += first
             out["segment_ids"][b, here] = segment
-            # One prompt a clip, so the ids of prompts are those of segments.
-            out["prompt_ids"][b, here] = segment
             out["level_ids"][b, here] = positions[:, 0] + g
             out["group_segment"][b, frames] = segment
-            out["group_frame"][b, frames] = np.arange(extent.frames)
-            out["group_count"][b, frames] = extent.frames
+            out["group_frame"][b, frames] = first + np.arange(extent.frames)
+            out["group_count"][b, frames] = first + extent.frames
             out["text_tokens"][b, text] = clip.text
-            out["text_ids"][b, text] = segment
-            n, g, t = here.stop, frames.stop, text.stop
+            shots = clip.shots or (ShotSize(len(clip.latents), len(clip.text)),)
+            prompts = np.arange(p + 1, p + 1 + len(shots))
+            tokens_of = [shot.frames // patch.time * extent.height * extent.width for shot in shots]
+            out["prompt_ids"][b, here] = np.repeat(prompts, tokens_of)
+            out["text_ids"][b, text] = np.repeat(prompts, [shot.text for shot in shots])
+            n, g, t, p = here.stop, frames.stop, text.stop, p + len(shots)
     return out
 
 
@@ -151,10 +158,15 @@ def unpack_rows(rows: Mapping[str, np.ndarray], patch: Stride = Stride(1, 1, 1))
         segments, prompts, clips = rows["segment_ids"][b], rows["prompt_ids"][b], []
         for segment in range(1, int(segments.max(initial=0)) + 1):
             here = segments == segment
-            extent = Extent(*(int(size) for size in rows["positions"][b, here].max(axis=0) + 1))
+            places = rows["positions"][b, here]
+            extent = Extent(*(int(size) for size in places.max(axis=0) - places.min(axis=0) + 1))
             latents = Extent(*(size * step for size, step in zip(extent, patch, strict=True)))
-            text = rows["text_tokens"][b, rows["text_ids"][b] == prompts[here][0]]
-            clips.append(Clip(unpatchify(rows["tokens"][b, here], latents, patch), text))
+            ids, tokens = np.unique(prompts[here], return_counts=True)
+            texts = [rows["text_tokens"][b, rows["text_ids"][b] == prompt] for prompt in ids]
+            lengths = tokens // (extent.height * extent.width) * patch.time
+            shots = tuple(ShotSize(int(n), len(text)) for n, text in zip(lengths, texts, strict=True))
+            video = unpatchify(rows["tokens"][b, here], latents, patch)
+            clips.append(Clip(video, np.concatenate(texts), shots if len(shots) > 1 else (), bool(places[0, 0])))
         unpacked.append(clips)
     return unpacked
 

@@ -28,6 +28,13 @@ class ClipShape(NamedTuple):
     frames: int
 
 
+class ShotSize(NamedTuple):
+    """What a shot of a cut clip has of its latents, and of its text."""
+
+    frames: int  # latents
+    text: int  # token ids
+
+
 _WHAT = ("tokens", "text tokens", "latent frames")
 _OPTIONS = ("row_tokens", "row_text", "row_groups")
 

@@ -25,7 +25,8 @@ from sora_jax.runtime import reaches_host_memory
 from sora_jax.tokens.packing import PackedRows
 from sora_jax.tokens.planning import quadratic_share
 from sora_jax.training.adapters import learning, networks
-from sora_jax.training.diffusion_step import DiffusionModules, make_diffusion_step, make_diffusion_validation
+from sora_jax.training.diffusion_step import DiffusionModules, make_diffusion_step
+from sora_jax.training.diffusion_validation import make_diffusion_validation
 from sora_jax.training.encoding import encode_clips
 from sora_jax.training.pretrained import levels_of, load_autoencoder, load_kept, tokenizer_of
 from sora_jax.training.samples import diffusion_sampler
@@ -137,8 +138,8 @@ def caption_tokenizer(config: Config) -> Tokenizer:
 def loader_options(config: Config) -> dict[str, Any]:
     """What decides which batches there are, besides the source and the tokenizer (`data.loader.make_loader`)."""
     data, transformer = config.data, config.transformer
-    same = ["seed", "image_share", "prefix_share", "caption_dropout", "row_tokens", "row_text", "skip_long_captions"]
-    same += ["skip_misfits", "packing", "look_ahead", "plan_steps"]
+    same = ["seed", "image_share", "prefix_share", "window_share", "caption_dropout", "shot_dropout", "row_tokens"]
+    same += ["row_text", "skip_long_captions", "skip_misfits", "packing", "look_ahead", "plan_steps"]
     return {
         **{name: getattr(data, name) for name in same},
         "rows": config.train.batch_size,
@@ -155,7 +156,7 @@ def make_latents(context: Context) -> epath.Path:
     size: dict[str, Any] = {"frames": data.frames, "height": data.height, "width": data.width}
     source: Clips
     if data.source == "world":
-        source = WorldClips(data.clips, seed=data.seed, sizes=data.sizes, mix=data.mix, **size)
+        source = WorldClips(data.clips, seed=data.seed, sizes=data.sizes, shots=data.shots, mix=data.mix, **size)
     else:
         source = FolderSource(data.source, fps=data.fps, step=config.stride.time, **size)
     said = -1
@@ -191,7 +192,7 @@ class _Packed:
 
 def _held_out_rows(source: LatentSource, context: Context, tokenizer: Tokenizer) -> list[PackedRows]:
     """The same few batches of clips that are not trained on, at every validation of every run."""
-    fixed = {"seed": 0, "caption_dropout": 0.0, "plan_steps": 1}
+    fixed = {"seed": 0, "caption_dropout": 0.0, "shot_dropout": 0.0, "plan_steps": 1}
     options = {**loader_options(context.config), **fixed}
     with make_loader(source, tokenize=tokenizer.places, shuffle=False, epochs=1, **options) as loader:
         return [

@@ -1,4 +1,4 @@
-"""The diffusion loss on packed rows, one step of its training, and its validation at fixed noise levels.
+"""The diffusion loss on packed rows, and one step of its training.
 
     rows ── draw levels and what is given ── mix with noise ── text encoder, transformer ── velocity ── loss
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float
 
 from sora_jax.diffusion.flow import (
     loss_by_level,
@@ -27,7 +27,7 @@ from sora_jax.diffusion.flow import (
     token_errors,
     velocity_target,
 )
-from sora_jax.diffusion.levels import Levels, LevelsConfig, draw_levels
+from sora_jax.diffusion.levels import Levels, LevelsConfig, RowIndex, draw_levels
 from sora_jax.models.transformer import model_time
 from sora_jax.shapes import Condition
 from sora_jax.tokens.packing import PackedRows
@@ -37,7 +37,6 @@ from sora_jax.training.metrics import WEIGHT
 from sora_jax.training.state import TrainState, apply_gradients
 
 Step = Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]
-Validate = Callable[..., dict[str, Float[Array, ""]]]
 
 PAD = 0  # the id of an empty place, in ByT5 and UMT5 alike
 BANDS = 10  # equal shares of the levels that are trained: one validated in the middle of each, and a loss of each
@@ -61,6 +60,10 @@ def condition_of(rows: PackedRows, text: Float[Array, "B L E"], given: Bool[Arra
         text=text,
         text_ids=rows.text_ids,
     )
+
+
+def index_of(rows: PackedRows) -> RowIndex:
+    return RowIndex(**{name: getattr(rows, name) for name in RowIndex._fields})
 
 
 def read_text(
@@ -104,9 +107,10 @@ def diffusion_errors(
     dtype: jnp.dtype | type = jnp.float32,
 ) -> TokenErrors:
     """What the transformer gets wrong about `rows` mixed with `noise` at `levels`."""
+    rows = rows.replace(level_ids=levels.level_ids)
     clean = rows.tokens.astype(jnp.float32)
     sigma = spread(levels.sigma, rows.level_ids)
-    given = given_tokens(rows, levels)
+    given = given_tokens(levels)
     noisy = mix(clean, noise, sigma)
 
     text = read_text(modules, params, rows, dtype)
@@ -125,8 +129,8 @@ def level_bands(levels: LevelsConfig) -> tuple[list[float], list[float]]:
     return [at(k) for k in range(BANDS + 1)], [at(k + 0.5) for k in range(BANDS)]
 
 
-def given_tokens(rows: PackedRows, levels: Levels) -> Bool[Array, "B N"]:
-    return spread(levels.given.astype(jnp.float32), rows.level_ids) > 0.5
+def given_tokens(levels: Levels) -> Bool[Array, "B N"]:
+    return spread(levels.given.astype(jnp.float32), levels.level_ids) > 0.5
 
 
 def make_diffusion_step(
@@ -153,17 +157,10 @@ def make_diffusion_step(
         state: TrainState, rows: PackedRows, kept: Mapping[str, Any] = MappingProxyType({})
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         level_key, noise_key = jax.random.split(state.step_key())
-        drawn = draw_levels(
-            level_key,
-            levels,
-            group_segment=rows.group_segment,
-            group_frame=rows.group_frame,
-            group_count=rows.group_count,
-            segment_ids=rows.segment_ids,
-        )
+        drawn = draw_levels(level_key, levels, index_of(rows))
         noise = jax.random.normal(noise_key, rows.tokens.shape, jnp.float32)
 
-        total = jnp.sum(~given_tokens(rows, drawn) & (rows.segment_ids > 0), dtype=jnp.float32)
+        total = jnp.sum(~given_tokens(drawn) & (rows.segment_ids > 0), dtype=jnp.float32)
 
         def share(params: Any, batch: tuple[PackedRows, Levels, jax.Array]) -> tuple[jax.Array, Any]:
             errors = diffusion_errors(modules, complete(kept, params), *batch, dtype=dtype)
@@ -182,34 +179,3 @@ def make_diffusion_step(
         return state, {"loss": loss, **banded, **metrics}
 
     return jax.jit(step, donate_argnums=0)
-
-
-def make_diffusion_validation(
-    modules: DiffusionModules,
-    levels: LevelsConfig,
-    key: Key[Array, ""],
-    dtype: jnp.dtype | type = jnp.float32,
-) -> Validate:
-    """`validate(params, rows, kept={}) -> {"loss": mean, "loss_0.05": ..., ...}`: the loss of text to video at the
-    middles of `level_bands`.
-
-    The noise of a level is the same at every call, and another for each level.
-    """
-    _, middles = level_bands(levels)
-
-    def validate(
-        params: Mapping[str, Any], rows: PackedRows, kept: Mapping[str, Any] = MappingProxyType({})
-    ) -> dict[str, jax.Array]:
-        params = complete(kept, params)
-        used = rows.group_segment > 0
-
-        def at(index: jax.Array, level: jax.Array) -> jax.Array:
-            noise = jax.random.normal(jax.random.fold_in(key, index), rows.tokens.shape, jnp.float32)
-            table = Levels(jnp.where(used, level, 0.0), jnp.zeros_like(used), jnp.zeros(used.shape, jnp.int32))
-            return diffusion_loss(modules, params, rows, table, noise, dtype=dtype)
-
-        losses = jax.lax.map(lambda pair: at(*pair), (jnp.arange(len(middles)), jnp.asarray(middles, jnp.float32)))
-        named = {f"loss_{level:.2f}": losses[i] for i, level in enumerate(middles)}
-        return {"loss": jnp.mean(losses), **named}
-
-    return jax.jit(validate)

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from sora_jax import sharding
-from sora_jax.data.latents import CacheInfo, LatentRecord, LatentWriter
+from sora_jax.data.latents import CacheInfo, LatentRecord, LatentWriter, ShotHeader
 from sora_jax.data.sources import MAX_UNREADABLE_SHARE, Clips
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -78,6 +78,8 @@ def encode_clips(
     Several processes (`sora_jax.cluster`) share the shards that are missing, each whole ones, and all return what all
     have made. One that was killed ends the others; started again, in any number, they go on with what is missing then.
 
+    Of a cut clip each shot is encoded as a clip of its own, as it will be when a storyboard is sampled.
+
     Batches have `batch_size` clips (rounded up to the devices of `mesh`, by default all of this process), split over
     the devices, while `threads` read or render the next ones. For each size one program encodes all videos and one all
     images: a clip shorter than the longest is filled up at its end, which a causal autoencoder does not see, and cut
@@ -102,7 +104,8 @@ def encode_clips(
     own = writer.missing()[process::processes]
     there = done + sum(shard.stop - shard.start for shard in own)
     mesh = mesh or sharding.make_mesh(devices=jax.local_devices())
-    encoder = _Encoder(config, params, mesh, source.extents[0].frames, batch_size, jnp.dtype(dtype))
+    longest = max(extent.frames for extent in source.extents)
+    encoder = _Encoder(config, params, mesh, longest, batch_size, jnp.dtype(dtype))
     if progress is not None:
         progress(done, there)
     for shard in own:
@@ -114,7 +117,7 @@ def encode_clips(
                     if isinstance(clip, str):
                         file.skip(clip)
                     else:
-                        file.add(_record(clip, latents.pop(0)))
+                        file.add(_record(clip, [latents.pop(0) for _ in _shots(clip)]))
                 done += len(batch)
                 if progress is not None:
                     progress(done, there)
@@ -135,14 +138,22 @@ def _refuse_many_left_out(writer: LatentWriter, total: int) -> None:
         )
 
 
-def _record(clip: dict[str, Any], latents: np.ndarray) -> LatentRecord:
+def _shots(clip: dict[str, Any]) -> list[np.ndarray]:
+    """What is encoded on its own: the frames of each shot, or of the whole clip."""
+    frames = clip["frames"]
+    return np.split(frames, np.cumsum([length for length, _ in clip.get("shots", ())][:-1]).astype(int))
+
+
+def _record(clip: dict[str, Any], latents: list[np.ndarray]) -> LatentRecord:
+    shots = [ShotHeader(len(own), tuple(said)) for own, (_, said) in zip(latents, clip.get("shots", ()), strict=False)]
     return LatentRecord(
-        latents=latents,
+        latents=np.concatenate(latents),
         captions=tuple(clip["captions"]),
         captions_image=tuple(clip["captions_image"]),
         fps=clip["fps"],
         source=clip["source"],
         pixels=clip["frames"].shape[:3],
+        shots=tuple(shots),
     )
 
 
@@ -186,10 +197,11 @@ class _Encoder:
         self.programs = Compilations()
 
     def run(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[np.ndarray]]]:
-        """Each batch with the latents `[F, h, w, C]`, float16, of its clips; the device works on the one after it."""
+        """Each batch with the latents `[F, h, w, C]`, float16, of the shots of its clips, one after the other; the
+        device works on the batch after it."""
         waiting: tuple[Batch, list[tuple[int, int, jax.Array]]] | None = None
         for batch in batches:
-            sent = batch, self._start([clip["frames"] for clip in batch if isinstance(clip, dict)])
+            sent = batch, self._start([shot for clip in batch if isinstance(clip, dict) for shot in _shots(clip)])
             if waiting is not None:
                 yield waiting[0], self._finish(waiting[1])
             waiting = sent
@@ -202,16 +214,19 @@ class _Encoder:
         for number, video in enumerate(videos):
             sent[(1 if len(video) == 1 else self._frames, *video.shape[1:])].append(number)
         result: dict[int, tuple[int, int, jax.Array]] = {}
-        for shape, numbers in sent.items():
-            pixels = np.zeros((self._rows, *shape), np.uint8)
-            for row, number in enumerate(numbers):
-                video = videos[number]
-                pixels[row, : len(video)], pixels[row, len(video) :] = video, video[-1]
-            placed = jax.device_put(pixels, self._place)
-            with self.programs:
-                latents = _encode(self._graphdef, self._params, placed, self._dtype)
-            for row, number in enumerate(numbers):
-                result[number] = row, 1 + (len(videos[number]) - 1) // self._stride, latents
+        for shape, of_shape in sent.items():
+            # The shots of cut clips may be more than a batch has clips.
+            for start in range(0, len(of_shape), self._rows):
+                numbers = of_shape[start : start + self._rows]
+                pixels = np.zeros((self._rows, *shape), np.uint8)
+                for row, number in enumerate(numbers):
+                    video = videos[number]
+                    pixels[row, : len(video)], pixels[row, len(video) :] = video, video[-1]
+                placed = jax.device_put(pixels, self._place)
+                with self.programs:
+                    latents = _encode(self._graphdef, self._params, placed, self._dtype)
+                for row, number in enumerate(numbers):
+                    result[number] = row, 1 + (len(videos[number]) - 1) // self._stride, latents
         return [result[number] for number in range(len(videos))]
 
     def _finish(self, sent: list[tuple[int, int, jax.Array]]) -> list[np.ndarray]:

@@ -41,7 +41,7 @@ from sora_jax.training.notes import go_on, make_notes
 from sora_jax.training.optimizer import count_parameters, make_optimizer, make_schedule
 from sora_jax.training.pretrained import load_modules
 from sora_jax.training.profiler import Profiler, StepRange
-from sora_jax.training.progress import Progress, duration
+from sora_jax.training.progress import Progress, duration, losses_by_skill
 from sora_jax.training.samples import film_strips, grid
 from sora_jax.training.stage import Context, MakeStage
 from sora_jax.training.stages import STAGES
@@ -247,6 +247,8 @@ def train(
     # --------------------------------------------------------------------------------------------------------- finish
     if step > start:
         say(goodput.line)
+    if skills := losses_by_skill(last_line):
+        say(skills)
     say(
         f"{'stopped' if step < settings.steps else 'done'} at step {step}, saved at {saved}, "
         f"after {duration(clock.total)}; the step was compiled to {programs.count} program{'s' * (programs.count != 1)}"

@@ -69,6 +69,24 @@ class Progress:
             self._bar.stop()
 
 
+def losses_by_skill(values: Mapping[str, float]) -> str:
+    """The validation losses of a line of metrics where there are several skills; "" where there are not.
+
+    >>> losses_by_skill({"loss": 0.3, "validation_loss": 0.25, "validation_first_loss": 0.21})
+    'validation loss: text to video 0.2500, first 0.2100'
+    """
+    before, after = "validation_", "_loss"
+    skills = {
+        name.removeprefix(before).removesuffix(after): value
+        for name, value in values.items()
+        if name.startswith(before) and name.endswith(after) and name != "validation_loss"
+    }
+    if not skills:
+        return ""
+    named = {"text to video": values["validation_loss"], **skills}
+    return "validation loss: " + ", ".join(f"{name} {value:.4f}" for name, value in named.items())
+
+
 def duration(seconds: float) -> str:
     """A span of time for people.
 

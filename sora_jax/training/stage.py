@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from sora_jax.config import Config
 from sora_jax.sharding import DataPart, data_part
+from sora_jax.training.metrics import WEIGHT
 from sora_jax.training.state import TrainState
 
 Videos = list[np.ndarray]  # uint8 [T, H, W, 3] each
@@ -86,9 +87,21 @@ MakeStage = Callable[[Context], Stage]
 def mean_over(
     validate: Callable[..., dict[str, jax.Array]], batches: list[Any]
 ) -> Callable[[Any], dict[str, jax.Array]]:
+    """The mean of what `validate` finds in each of the batches. What comes with a weight (`WEIGHT`) counts so much, and
+    not at all where it is NaN."""
+
     def mean(params: Any) -> dict[str, jax.Array]:
-        return jax.tree.map(
-            lambda *values: jnp.mean(jnp.stack(values)), *[validate(params, batch) for batch in batches]
-        )
+        found = [validate(params, batch) for batch in batches]
+        means: dict[str, jax.Array] = {}
+        for name in found[0]:
+            if name.endswith(WEIGHT):
+                continue
+            values = jnp.stack([each[name] for each in found])
+            if name + WEIGHT in found[0]:
+                weights = jnp.stack([each[name + WEIGHT] for each in found])
+                means[name] = jnp.where(weights > 0, values * weights, 0.0).sum() / weights.sum()
+            else:
+                means[name] = jnp.mean(values)
+        return means
 
     return mean
