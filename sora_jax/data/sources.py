@@ -13,7 +13,6 @@ or, as a string, why the clip had to be left out.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -230,7 +229,7 @@ class WorldClips:
             "seed": world.seed,
             "frames": world.frames,
             **size,
-            "mix": dataclasses.asdict(world.mix),
+            "mix": world.mix.identity,
         }
 
     @property

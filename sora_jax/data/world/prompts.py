@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sora_jax.data.world.captions import Said, pan_direction, short_caption
+from sora_jax.data.world.captions import Said, short_caption
+from sora_jax.data.world.phrases import pan_direction
 from sora_jax.data.world.sampling import sample_scene
 from sora_jax.data.world.scene import Mix, Shot, WorldObject
 
@@ -29,10 +30,14 @@ class Truth:
     """What a clip made from a prompt must show; "" where the prompt says nothing."""
 
     objects: tuple[ObjectTruth, ...]
-    kind: str = "single"  # single | pair | collision | occluder | pan
+    kind: str = "single"  # of KINDS and MORE_KINDS
     pan: str = ""  # which way the camera goes
     wall: str = ""  # colour of the background, or of the wall behind a floor
     floor: str = ""  # colour of the floor, or of the bottom of a gradient
+    relation: str = ""  # of the first object to the others, of RELATIONS; "head-on" or "from behind" where two meet
+    gravity: bool = True  # False: nothing pulls down, and the prompt says so
+    light: str = ""  # of LIGHTS
+    texture: str = ""  # of the floor
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,20 @@ def truth_of(shot: Shot, said: Said | None = None) -> Truth:
         floor = floor if said.place else ""
         wall = wall if (said.wall if ground.kind == "floor" else said.place) else ""
     objects = tuple(_object_truth(thing, said) for thing in shot.objects)
-    return Truth(objects, shot.kind, pan_direction(shot) if shot.kind == "pan" else "", wall, floor)
+    relation = shot.relation.name if shot.relation else ""
+    if shot.kind == "meeting":
+        relation = "from behind" if shot.objects[0].direction == shot.objects[1].direction else "head-on"
+    return Truth(
+        objects,
+        shot.kind,
+        pan_direction(shot) if shot.kind in ("pan", "travel") else "",
+        wall,
+        floor,
+        relation,
+        shot.gravity,
+        shot.light if said is None or said.light else "",
+        ground.texture if floor else "",
+    )
 
 
 def prompts(
