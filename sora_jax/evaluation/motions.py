@@ -164,6 +164,37 @@ def exits(track: Track, direction: str, unit: float) -> bool:
     return enters(_backwards(track), _OPPOSITE[direction], unit)
 
 
+def floats(track: Track, direction: str, unit: float) -> bool:
+    """Straight lines at one speed, thrown back by what it meets: along each axis a step keeps its length.
+
+    Only a step during which it is thrown back is shorter, and after it the sign is the other.
+    """
+    if track.seen.mean() < 0.9 or len(track.areas) < 5:
+        return False
+    radii = np.sqrt(track.areas[track.seen])
+    if radii.max() > 1.3 * radii.min():
+        return False
+    steps = np.diff(track.centers[track.seen], axis=0)
+    speeds, turns = [], 0
+    for axis in (0, 1):
+        way = steps[:, axis]
+        speed = float(np.median(np.abs(way)))
+        speeds.append(speed)
+        odd = np.abs(np.abs(way) - speed) > 0.35 * unit + 0.1 * speed
+        signs = np.sign(np.where(np.abs(way) < 0.3 * unit, 0, way))
+        signs = signs[signs != 0]
+        flips = int((np.diff(signs) != 0).sum()) if len(signs) else 0
+        if odd.sum() > max(flips, int(speed < 0.3 * unit)):
+            return False
+        turns += flips
+    if np.hypot(*speeds) < 1.2 * unit or turns < 1:
+        return False
+    if not direction:
+        return True
+    start = np.median(steps[:3], axis=0)
+    return bool(start @ heading(direction) > np.cos(np.radians(26)) * np.hypot(*start))
+
+
 MOTION_CHECKS: dict[str, Callable[[Track, str, float], bool]] = {
     "slide": slides,
     "rest": rests,
@@ -174,4 +205,5 @@ MOTION_CHECKS: dict[str, Callable[[Track, str, float], bool]] = {
     "shrink": shrinks,
     "enter": enters,
     "exit": exits,
+    "float": floats,
 }

@@ -177,7 +177,9 @@ def dense_caption(shot: Shot, rng: np.random.Generator) -> Said:
         comma = ", " if shot.kind != "single" or rng.random() < 0.5 else " "
         if detail.startswith("and "):
             comma = " "
-        if detail and comma == " ":
+        if shot.kind in CLAUSES:  # what is added speaks of objects, not of the place
+            text = join(core, place, wall) + (f"{comma}{detail}" if detail else "")
+        elif detail and comma == " ":
             text = join(core, place, detail, wall) if detail.startswith("and ") else join(core, detail, place, wall)
         else:
             text = join(core, place, wall) + (f", {detail}" if detail else "")
@@ -219,7 +221,7 @@ def shot_captions(shot: Shot, rng: np.random.Generator, *, image: bool = False, 
 
 
 def captions(scene: Scene, rng: np.random.Generator, *, image: bool = False, frame: int = 0) -> Captions:
-    """Captions of an uncut scene: `short` of at most 64 bytes, `dense` of at most 150 (second world: 96, 220), both ASCII.
+    """Captions of an uncut scene: `short` of at most 64 bytes (second world: 96), `dense` of at most 150 (220).
 
     With `image`, they speak of what one frame shows. A scene with cuts has captions for each of its shots:
     `[shot_captions(shot, rng) for shot in scene.shots]`.
