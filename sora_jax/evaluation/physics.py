@@ -19,7 +19,7 @@ from sora_jax.evaluation.encounters import exchange
 from sora_jax.evaluation.motions import floats
 from sora_jax.evaluation.tracking import Track, Tracking
 
-_HIDING = ("occluder", "wall", "passing")  # kinds of clip in which one may be hidden for a moment
+_HIDING = ("occluder", "wall")  # kinds of clip in which one may be hidden for a moment
 
 
 def match_tracks(seen: Tracking, truth: Truth) -> list[Track | None]:
@@ -390,7 +390,7 @@ LAWS: dict[str, Law] = {
     "restitution": Law(restitution, _has("bounce")),
     "reflection": Law(reflection, _has("bounce")),
     "color_constancy": Law(color_constancy, lambda truth: True),
-    "continuity": Law(continuity, lambda truth: True),
+    "continuity": Law(continuity, lambda truth: truth.kind != "passing"),  # where half of a thing is seen, it jumps
     "permanence": Law(permanence, lambda truth: truth.kind in ("occluder", "wall")),
     "crossing": Law(crossing, _has("enter", "exit")),
     "momentum": Law(momentum, lambda truth: truth.kind in ("collision", "meeting")),

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from sora_jax.data.world.motion import heading
+from sora_jax.data.world.outlines import shape_distance
 from sora_jax.data.world.prompts import Truth
-from sora_jax.data.world.scene import SHAPES
-from sora_jax.evaluation.motions import slides
+from sora_jax.data.world.scene import COLORS, SHAPES
 from sora_jax.evaluation.physics import match_tracks
 from sora_jax.evaluation.tracking import Track, Tracking
 
+_MOVES = np.stack(np.meshgrid(*[[-1.0, 0.0, 1.0]] * 3), -1).reshape(-1, 3)  # steps of (x, y, radius)
 _BESIDE = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}  # axis, sign of other - subject
 
 
@@ -63,6 +65,59 @@ def _covers(found: list[Track], truth: Truth, both: np.ndarray) -> bool:
     return bool(lost > whole + 0.03 and lost > 0.08 and apart < 1.4 * reach)
 
 
+def completed(seen: Tracking, track: Track, front: Track, t: int) -> tuple[str, float]:
+    """(shape, radius in pixels) of an object of which `front` hides a part in frame t: what fits the rest of it best.
+
+    Pixels of the one in front say nothing; on all others a drawing must be where the object is and nowhere else. For
+    each shape its place and radius are searched for from coarse to fine.
+    """
+    names = list(COLORS)
+    mine = seen.labels[t] == names.index(track.color)
+    other = seen.labels[t] == names.index(front.color)
+    for way in (0, 1):  # edges between the two belong to neither
+        other = other | np.roll(other, 1, way) | np.roll(other, -1, way)
+    height, width = mine.shape
+    y, x = np.nonzero(mine)
+    pad = int(6 * seen.unit) + 2
+    top, left = max(0, y.min() - pad), max(0, x.min() - pad)
+    window = np.s_[top : min(height, y.max() + pad), left : min(width, x.max() + pad)]
+    target, known = mine[window], ~other[window] | mine[window]
+    ys, xs = (np.arange(n, dtype=np.float32) + 0.5 for n in target.shape)
+    best = ("", 0.0, np.inf)
+    for shape in SHAPES:
+        at = np.array([x.mean() - left + 0.5, y.mean() - top + 0.5, np.sqrt(mine.sum() / np.pi) * 1.08])
+
+        lowest = np.inf
+        for step in np.array([3.0, 1.5, 0.7, 0.35]) * seen.unit:
+            for _ in range(8):
+                tries = at + step * _MOVES
+                dx, dy = xs - tries[:, :1, None], ys[:, None] - tries[:, 1:2, None]
+                drawn = np.clip(0.5 - shape_distance(shape, dx, dy, tries[:, 2:, None]), 0, 1)
+                costs = (np.abs(drawn - target) * known).sum((1, 2))
+                if costs.min() >= lowest - 1e-9:
+                    break
+                lowest, at = float(costs.min()), tries[int(costs.argmin())]
+        if lowest < best[2]:
+            best = shape, float(at[2]), lowest
+    return best[0], best[1]
+
+
+def hidden_part(seen: Tracking, truth: Truth) -> tuple[int, str, float] | None:
+    """Of a clip with depth: the number of the object behind, its shape, and its radius in pixels; from three frames."""
+    tracks = match_tracks(seen, truth)
+    back = 0 if truth.relation == "behind" else 1
+    far, near = tracks[back], tracks[1 - back]
+    if far is None or near is None:
+        return None
+    both = np.flatnonzero(far.seen & near.seen)
+    if not len(both):
+        return None
+    found = [completed(seen, far, near, int(t)) for t in both[[0, len(both) // 2, -1]]]
+    shapes = [shape for shape, _ in found]
+    shape = max(SHAPES, key=shapes.count)
+    return back, shape, float(np.median([radius for name, radius in found if name == shape]))
+
+
 def passes(first: Track, second: Track, relation: str, unit: float) -> bool:
     """The first one slides past the second, which rests; while they overlap, the one behind loses area."""
     areas = [np.nan_to_num(one.areas) for one in (first, second)]
@@ -74,17 +129,12 @@ def passes(first: Track, second: Track, relation: str, unit: float) -> bool:
     if len(places) < 3 or np.abs(places - np.median(places, axis=0)).max() > 2 * unit:
         return False
     middle = np.median(places, axis=0)
-    clear = first.seen & (areas[0] > 0.85 * full[0])
-    if clear.sum() < 4:
-        return False
-    times = np.flatnonzero(clear)
-    line = np.polyfit(times, first.centers[times], 1)
-    off = first.centers[times] - (times[:, None] * line[0] + line[1])
-    if np.abs(off).max() > 2.5 * unit or np.hypot(*line[0]) * (times[-1] - times[0]) < 12 * unit:
+    line = _glide(first, unit)
+    if line is None:
         return False
     way = np.arange(len(areas[0]))[:, None] * line[0] + line[1]  # where it is, seen or not
     near = np.hypot(*(way - middle).T) < 0.75 * np.sqrt(full[1] / np.pi) + 0.25 * np.sqrt(full[0] / np.pi)
-    if not near.any() or way[0, 0] < middle[0] == (way[-1, 0] < middle[0]):
+    if not near.any() or (way[0, 0] < middle[0]) == (way[-1, 0] < middle[0]):
         return False
     lost = [float(1 - area[near].min() / whole) for area, whole in zip(areas, full, strict=True)]
     behind = lost[0] > 0.35 and lost[1] < 0.2
@@ -92,6 +142,21 @@ def passes(first: Track, second: Track, relation: str, unit: float) -> bool:
     return behind if relation == "behind" else before
 
 
+def _glide(track: Track, unit: float) -> np.ndarray | None:
+    """The line (slope [2], offset [2]) on which it is where nothing hides it; None where that is no even motion."""
+    areas = np.nan_to_num(track.areas)
+    if not areas.any():
+        return None
+    clear = np.flatnonzero(areas > 0.85 * np.median(np.sort(areas[areas > 0])[-5:]))
+    if len(clear) < 4:
+        return None
+    line = np.polyfit(clear, track.centers[clear], 1)
+    return line if np.abs(track.centers[clear] - (clear[:, None] * line[0] + line[1])).max() < 2.5 * unit else None
+
+
 def passes_by(first: Track, direction: str, unit: float) -> bool:
-    """The first one of a passing slides in a direction, seen for at least four tenths of the clip."""
-    return slides(first, direction, unit, present=0.4)
+    """The first one of a passing slides in a direction (any when "")."""
+    line = _glide(first, unit)
+    if line is None or np.hypot(*line[0]) * (len(first.areas) - 1) < 20 * unit:
+        return False
+    return not direction or bool(line[0] @ heading(direction) > np.cos(np.radians(22.5)) * np.hypot(*line[0]))

@@ -143,7 +143,7 @@ def folded(start: float, speed: float, low: float, high: float, times: np.ndarra
         return place, []
     first, last = sorted(((start - low) / length, (start - low + speed * times[-1]) / length))
     hits = [(n * length - (start - low)) / speed for n in range(int(np.ceil(first)), int(np.floor(last)) + 1)]
-    return place, sorted(hits)
+    return place, sorted(float(hit) for hit in hits)
 
 
 def _float(rng: np.random.Generator, stage: Stage, plan: Plan, number: int) -> Path | None:
@@ -163,7 +163,8 @@ def _float(rng: np.random.Generator, stage: Stage, plan: Plan, number: int) -> P
     start = rng.uniform(low, high)
     axes, hits = zip(*(folded(start[a], velocity[a], low[a], high[a], stage.times) for a in (0, 1)), strict=True)
     times = sorted([time for each in hits for time in each])
-    if stage.frames >= 9 and (not times or times[0] < 3 or times[0] > stage.frames - 4):
+    seen = [time for a in (0, 1) for time in hits[a] if abs(velocity[a]) > 0.8 * stage.unit]  # others hardly show
+    if stage.frames >= 9 and (not seen or times[0] < 3 or min(seen) > stage.frames - 4):
         return None
     events = tuple(Event("wall", time, (0,)) for time in times)
     return Path(np.stack(axes, -1), np.full(stage.frames, radius), events, spec.direction)

@@ -62,7 +62,7 @@ def covered(back: str, back_radius: float, front: str, front_radius: float, offs
     reach = OUTLINES[back].reach * back_radius
     line = ((np.arange(_GRID) + 0.5) / _GRID * 2 - 1) * reach
     x, y = line[None, None, :], line[None, :, None]
-    inside = shape_distance(back, x, y, np.float64(back_radius)) < 0
+    inside = shape_distance(back, x, y, np.array(back_radius)) < 0
     dx, dy = x - offsets[:, 0, None, None], y - offsets[:, 1, None, None]
-    hidden = inside & (shape_distance(front, dx, dy, np.float64(front_radius)) < 0)
+    hidden = inside & (shape_distance(front, dx, dy, np.array(front_radius)) < 0)
     return hidden.sum((1, 2)) / inside.sum()

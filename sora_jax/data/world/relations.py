@@ -115,7 +115,12 @@ def draw_passing(rng: np.random.Generator, floor: bool, mix: Mix, moving: bool) 
     """A small one that passes a larger one at rest, in front of it or behind it."""
     first, second = distinct(rng, ("small", pick(rng, ("medium", "medium", "large"))), "rest")
     first = first._replace(motion="slide", direction=pick(rng, ("left", "right")))
-    return Plan("passing", floor, (first, second), relation=pick(rng, DEPTHS))
+    name = pick(rng, DEPTHS)
+    if name == "in front of":  # what passes must not cut the other one in two
+        second = second._replace(shape=pick(rng, ("ball", "square")))
+        if first.shape in ("triangle", "star"):
+            second = second._replace(size="large")
+    return Plan("passing", floor, (first, second), relation=name)
 
 
 # ------------------------------------------------------------------------------------------------------------ places

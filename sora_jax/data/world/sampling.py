@@ -28,7 +28,7 @@ from sora_jax.data.world.scene import (
     Shot,
     WorldObject,
 )
-from sora_jax.data.world.shots import CHARACTER_KINDS, differs, draw_character, played
+from sora_jax.data.world.shots import character_kinds, differs, draw_character, played, recognisable
 from sora_jax.errors import UserError, nearest
 
 SPLITS = ("train", "heldout", "all")
@@ -285,11 +285,8 @@ def _places(rng: np.random.Generator, stage: Stage, plan: Plan, ground: Backgrou
     return _MORE_PLACES[plan.kind](rng, stage, plan)
 
 
-def _kinds(frames: int, mix: Mix, character: Spec | None) -> list[str]:
+def _kinds(frames: int, mix: Mix) -> list[str]:
     """The kinds of shot that are possible; of those that came later only what the mix has."""
-    if character is not None:
-        known = [kind for kind in CHARACTER_KINDS if getattr(mix, kind) > 0] or ["single"]
-        return known if frames > 1 else ["single"]
     known = list(KINDS if frames > 1 else STILL_KINDS[:2])
     return known + [kind for kind in (MORE_KINDS if frames > 1 else STILL_KINDS[2:]) if getattr(mix, kind) > 0]
 
@@ -305,9 +302,11 @@ def _draw_shot(
     character: Spec | None,
 ) -> Shot:
     """One shot; after `before` on another background, and with a `character` who does something new."""
-    kind = choose(rng, _kinds(frames, mix, character), mix)  # once, so that the mix holds exactly
-    avoid = before.background.wall if before else ""
     moving = frames > 1
+    kinds = character_kinds(mix, before, moving) if character else _kinds(frames, mix)
+    kind = choose(rng, kinds, mix)  # once, so that the mix holds exactly
+    avoid = before.background.wall if before else ""
+    news = before is not None and moving and before.frames > 1  # stills cannot show that something else is done
     for _ in range(10_000):
         if kind in MORE_KINDS:
             plan = _MORE_PLANS[kind](rng, bool(rng.random() < mix.floor), mix, moving)
@@ -315,7 +314,7 @@ def _draw_shot(
             plan = draw_plan(rng, kind, mix, moving)
         if character is not None:
             plan = played(plan, character)
-            if before is not None and not differs(plan, before):
+            if not recognisable(plan) or (before is not None and news and not differs(plan, before)):
                 continue
         if not allowed(plan, split):
             continue

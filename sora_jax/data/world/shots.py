@@ -24,9 +24,21 @@ def played(plan: Plan, character: Spec) -> Plan:
     return plan._replace(specs=(character._replace(motion=first.motion, direction=first.direction), *others))
 
 
+def recognisable(plan: Plan) -> bool:
+    """Whether the character keeps its size, and no other object has its colour."""
+    first, *others = plan.specs
+    return first.motion not in _CHANGES and all(one.color != first.color for one in others)
+
+
 def differs(plan: Plan, before: Shot) -> bool:
-    """Whether the character keeps its size, and does something else than in the shot before."""
+    """Whether the character does something else than in the shot before."""
     first, was = plan.specs[0], before.objects[0]
-    if first.motion in _CHANGES or any(one.color == first.color for one in plan.specs[1:]):
-        return False
     return (plan.kind, first.motion, first.direction) != (before.kind, was.motion, was.direction)
+
+
+def character_kinds(mix: Mix, before: Shot | None, moving: bool) -> list[str]:
+    """The kinds of shot that a character may play in; the camera does not go by twice in a row."""
+    if not moving:
+        return ["single"]
+    twice = before.kind if before is not None and before.kind in ("pan", "travel") else ""
+    return [kind for kind in CHARACTER_KINDS if getattr(mix, kind) > 0 and kind != twice] or ["single"]

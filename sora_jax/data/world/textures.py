@@ -12,7 +12,7 @@ from jaxtyping import Float32
 _LEAN = 0.8  # pixels to the right for one up
 _CHECK = 9.0  # units, width of a check; half as high
 _PLANK = 4.0  # units, height of a plank
-_JOINT = 26.0  # units from joint to joint in a row of planks
+_JOINT = 18.0  # units from joint to joint in a row of planks
 _DOT = 7.0  # units from dot to dot; half as far upwards
 _DEPTH = 0.14  # of the colour, from dark to light
 
