@@ -200,3 +200,7 @@ def place_travel(rng: np.random.Generator, stage: Stage, plan: Plan) -> Places |
     sideways = plan.camera in ("left", "right")
     pan, tilt = (moved[:, 0], None) if sideways else (np.zeros(stage.frames), moved[:, 1].astype(np.float32))
     return Places([path._replace(direction="") for path in paths], pan=pan.astype(np.float32), tilt=tilt)
+
+
+PLANS = {"meeting": draw_meeting, "wall": draw_wall, "floating": draw_floating, "travel": draw_travel}
+PLACES = {"meeting": place_meeting, "floating": place_floating, "travel": place_travel}  # a wall must see its ground

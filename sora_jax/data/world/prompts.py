@@ -97,3 +97,33 @@ def heldout_prompts(
 ) -> list[Prompt]:
     """`n` prompts that each name a combination of colour, shape and motion that training never showed."""
     return prompts(n, seed, split="heldout", frames=frames, height=height, width=width, mix=mix)
+
+
+@dataclass(frozen=True)
+class Story:
+    """A prompt for each shot of a clip with cuts, and what each of them must show."""
+
+    lengths: tuple[int, ...]  # frames
+    prompts: tuple[Prompt, ...]
+    same: bool  # the first object of every shot is one character
+
+
+def stories(
+    n: int,
+    seed: int,
+    *,
+    split: str = "heldout",
+    shots: tuple[int, ...] = (9, 9),
+    height: int = 64,
+    width: int = 64,
+    mix: Mix | None = None,
+) -> list[Story]:
+    """`n` clips of several shots to ask for; `mix.same` is the share of them in which a character stays."""
+    made = []
+    for index in range(n):
+        scene = sample_scene(seed, index, split=split, height=height, width=width, mix=mix, shots=shots)
+        rng = np.random.default_rng((_PROMPT_STREAM, seed, index))
+        said = [short_caption(shot, rng) for shot in scene.shots]
+        prompts = tuple(Prompt(one.text, truth_of(shot, one)) for shot, one in zip(scene.shots, said, strict=True))
+        made.append(Story(tuple(shots), prompts, all(shot.same for shot in scene.shots[1:])))
+    return made

@@ -219,3 +219,7 @@ def place_passing(rng: np.random.Generator, stage: Stage, plan: Plan) -> Places 
         return None
     order = (0, 1) if plan.relation == "behind" else (1, 0)
     return Places([path._replace(direction=mover.direction), middle], Relation(plan.relation, 0, (1,)), order)
+
+
+PLANS = {"trio": draw_trio, "relation": draw_relation, "depth": draw_depth, "passing": draw_passing}
+PLACES = {"trio": place_trio, "relation": place_relation, "depth": place_depth, "passing": place_passing}

@@ -27,6 +27,7 @@ from sora_jax.data.world.scene import (
     Scene,
     Shot,
     WorldObject,
+    is_heldout,
 )
 from sora_jax.data.world.shots import character_kinds, differs, draw_character, played, recognisable
 from sora_jax.errors import UserError, nearest
@@ -239,25 +240,8 @@ def _shot(
     )
 
 
-_MORE_PLANS = {
-    "trio": relations.draw_trio,
-    "relation": relations.draw_relation,
-    "depth": relations.draw_depth,
-    "passing": relations.draw_passing,
-    "meeting": encounters.draw_meeting,
-    "wall": encounters.draw_wall,
-    "floating": encounters.draw_floating,
-    "travel": encounters.draw_travel,
-}
-_MORE_PLACES = {
-    "trio": relations.place_trio,
-    "relation": relations.place_relation,
-    "depth": relations.place_depth,
-    "passing": relations.place_passing,
-    "meeting": encounters.place_meeting,
-    "floating": encounters.place_floating,
-    "travel": encounters.place_travel,
-}
+_MORE_PLANS = relations.PLANS | encounters.PLANS
+_MORE_PLACES = relations.PLACES | encounters.PLACES
 
 
 def _places(rng: np.random.Generator, stage: Stage, plan: Plan, ground: Background) -> Places | None:
@@ -299,22 +283,22 @@ def _draw_shot(
     split: str,
     mix: Mix,
     before: Shot | None,
-    character: Spec | None,
+    character: Spec | None = None,
+    tries: int = 10_000,
 ) -> Shot:
     """One shot; after `before` on another background, and with a `character` who does something new."""
     moving = frames > 1
     kinds = character_kinds(mix, before, moving) if character else _kinds(frames, mix)
     kind = choose(rng, kinds, mix)  # once, so that the mix holds exactly
     avoid = before.background.wall if before else ""
-    news = before is not None and moving and before.frames > 1  # stills cannot show that something else is done
-    for _ in range(10_000):
+    for _ in range(tries):
         if kind in MORE_KINDS:
             plan = _MORE_PLANS[kind](rng, bool(rng.random() < mix.floor), mix, moving)
         else:
             plan = draw_plan(rng, kind, mix, moving)
         if character is not None:
             plan = played(plan, character)
-            if not recognisable(plan) or (before is not None and news and not differs(plan, before)):
+            if not recognisable(plan) or not differs(plan, before):
                 continue
         if not allowed(plan, split):
             continue
@@ -322,6 +306,27 @@ def _draw_shot(
         if shot is not None:
             return shot
     raise UserError(f"no {kind} shot of this mix fits in {height}x{width} pixels: give a larger size or another mix")
+
+
+def _draw_story(
+    rng: np.random.Generator, lengths: Sequence[int], height: int, width: int, split: str, mix: Mix
+) -> list[Shot]:
+    """Shots of one character. What is held out need not be in each of them: few characters have it in all."""
+    for _ in range(200):
+        character = draw_character(rng, mix)
+        made: list[Shot] = []
+        for length in lengths:
+            before = made[-1] if made else None
+            within = "train" if split == "train" else "all"
+            try:
+                shot = _draw_shot(rng, length, height, width, within, mix, before, character, tries=100)
+            except UserError:  # it is held out from all that this kind of shot shows
+                break
+            made.append(replace(shot, same=before is not None))
+        shown = [thing.combination for shot in made for thing in shot.objects]
+        if len(made) == len(lengths) and (split != "heldout" or any(map(is_heldout, shown))):
+            return made
+    raise UserError(f"no character of this mix fits in {height}x{width} pixels: give a larger size or another mix")
 
 
 def sample_scene(
@@ -345,12 +350,11 @@ def sample_scene(
         )
     rng = np.random.default_rng((_STREAM, seed, index))
     mix = mix or Mix()
-    character = draw_character(rng, mix) if len(lengths) > 1 and mix.same and rng.random() < mix.same else None
+    if len(lengths) > 1 and mix.same and rng.random() < mix.same:
+        return Scene(seed, index, height, width, tuple(_draw_story(rng, lengths, height, width, split, mix)))
     made: list[Shot] = []
     for length in lengths:
-        before = made[-1] if made else None
-        shot = _draw_shot(rng, length, height, width, split, mix, before, character)
-        made.append(replace(shot, same=before is not None and character is not None))
+        made.append(_draw_shot(rng, length, height, width, split, mix, made[-1] if made else None))
     return Scene(seed, index, height, width, tuple(made))
 
 

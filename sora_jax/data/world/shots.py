@@ -30,10 +30,13 @@ def recognisable(plan: Plan) -> bool:
     return first.motion not in _CHANGES and all(one.color != first.color for one in others)
 
 
-def differs(plan: Plan, before: Shot) -> bool:
-    """Whether the character does something else than in the shot before."""
+def differs(plan: Plan, before: Shot | None) -> bool:
+    """Whether the character does something else than in the shot before; after a still it may rest again."""
+    if before is None:
+        return True
     first, was = plan.specs[0], before.objects[0]
-    return (plan.kind, first.motion, first.direction) != (before.kind, was.motion, was.direction)
+    still = plan.kind == "single" and first.motion == "rest" and before.frames == 1
+    return still or (plan.kind, first.motion, first.direction) != (before.kind, was.motion, was.direction)
 
 
 def character_kinds(mix: Mix, before: Shot | None, moving: bool) -> list[str]:
