@@ -11,6 +11,7 @@ from sora_jax import __version__
 
 # The IPTC's term for media made by a model that learned from sampled content.
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+ALGORITHMIC = "http://cv.iptc.org/newscodes/digitalsourcetype/algorithmicMedia"  # and for media that no model made
 
 
 @dataclass(frozen=True)

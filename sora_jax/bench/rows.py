@@ -22,6 +22,7 @@ from sora_jax.shapes import Extent, Stride, latent_extent
 
 if TYPE_CHECKING:
     from sora_jax.config import Config
+    from sora_jax.data.world import Mix
 
 PROMPT = "a red ball bounces on a blue floor"
 
@@ -162,12 +163,12 @@ def loader_sizes(config: Config, stride: Stride) -> str:
     )
 
 
-def world_render(model: str) -> float:
+def world_render(model: str, mix: Mix | None = None) -> float:
     """One clip of the world at 64x64, 17 frames, on one core: the scene, its truth, its pixels and its captions."""
     from sora_jax.data.world import WorldSource
 
     del model
-    source, size = WorldSource(seed=0, n=100_000), 64
+    source, size = WorldSource(seed=0, n=100_000, **({"mix": mix} if mix else {})), 64
     starts = iter(range(0, 100_000 - size, size))
 
     def batch() -> None:
@@ -177,10 +178,18 @@ def world_render(model: str) -> float:
     return median_seconds(batch) / size
 
 
+def world_2_render(model: str) -> float:
+    """The same of the mix that the config world_2 names."""
+    from sora_jax.config import load_config
+
+    return world_render(model, load_config("world_2").data.mix)
+
+
 ROWS: dict[str, Callable[..., float]] = {
     "world-sampler-step": world_sampler_step,
     "world-train-step": world_train_step,
     "autoencoder-decode": autoencoder_decode,
     "loader": loader_clip,
     "world-render": world_render,
+    "world-2-render": world_2_render,
 }

@@ -33,6 +33,7 @@ ROWS = {
     "autoencoder-decode": "17 frames of 64x64 from their latents",
     "loader": "a clip through the packed loader: planned, read from the latent cache, put into its row; one core",
     "world-render": "a clip of the world, 17 frames of 64x64 and its captions, one core",
+    "world-2-render": "the same of the second world, the mix of the config world_2",
     "wan-transformer-forward": "4 layers of the 1.3B width over 4,680 tokens, float32",
     "wan-train-step": "the same, with gradients and AdamW",
     "wan-encode": "17 frames of 128x128 through the 2.1 autoencoder at base width 32, float32",
@@ -45,8 +46,8 @@ NAMED_ONLY = ("wan-load",)
 REFERENCED = ("wan-transformer-forward", "wan-train-step", "wan-encode", "wan-decode", "umt5")
 BARE = {"train-loop": ("sora_jax.bench.train_loop", "bare-loop")}  # rows whose reference is a row of ours
 ROUNDS = 2  # of ours and the reference's in turn
-RATES = {"loader": "clips/s", "world-render": "clips/s", "world-train-step": "steps/s"}
-ONE_CORE = ("loader", "world-render")
+RATES = {"loader": "clips/s", "world-render": "clips/s", "world-2-render": "clips/s", "world-train-step": "steps/s"}
+ONE_CORE = ("loader", "world-render", "world-2-render")
 
 # Runs one row in a process of its own and prints its seconds last: module, row, whether on one core, and what the row
 # takes.

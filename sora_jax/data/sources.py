@@ -14,7 +14,6 @@ or, as a string, why the clip had to be left out.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -240,7 +239,7 @@ class WorldClips:
             "seed": world.seed,
             **(cut if self._shots else {"frames": world.frames}),
             **size,
-            "mix": dataclasses.asdict(world.mix),
+            "mix": world.mix.identity,
         }
 
     @property

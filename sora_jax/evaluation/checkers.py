@@ -15,19 +15,23 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import UInt8
 
+from sora_jax.data.world.lighting import gain
 from sora_jax.data.world.motion import heading
 from sora_jax.data.world.prompts import Truth
-from sora_jax.data.world.scene import COLORS, GROUNDS, SIZES
+from sora_jax.data.world.scene import COLORS, FLOOR_COLORS, GROUNDS, SIZES
+from sora_jax.evaluation.encounters import camera_goes, meets
 from sora_jax.evaluation.motions import MOTION_CHECKS, slides
 from sora_jax.evaluation.physics import LAWS, ground_shift, match_tracks
+from sora_jax.evaluation.relations import check_relation, hidden_part, passes_by
 from sora_jax.evaluation.tracking import Track, Tracking, track
 
+_HIDING = ("occluder", "collision", "wall", "passing", "meeting")  # kinds of clip in which one may be out of sight
 _PARTIAL = ("enter", "exit")  # motions during which an object is out of sight for a good part of the clip
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a clip got right. `background` and `size` are None where the prompt does not speak of them."""
+    """What a clip got right. What the prompt does not speak of is None."""
 
     color: bool
     shape: bool
@@ -35,11 +39,12 @@ class Verdict:
     motion: bool
     background: bool | None = None
     size: bool | None = None
+    relation: bool | None = None
 
     @property
     def all(self) -> bool:
-        """Colour, shape, count and motion."""
-        return self.color and self.shape and self.count and self.motion
+        """Colour, shape, count and motion, and the relation where there is one."""
+        return self.color and self.shape and self.count and self.motion and self.relation is not False
 
 
 def check_color(seen: Tracking, truth: Truth) -> bool:
@@ -53,18 +58,20 @@ def check_color(seen: Tracking, truth: Truth) -> bool:
 
 
 def check_shape(seen: Tracking, truth: Truth) -> bool:
-    """Every object that was named has its shape."""
-    return all(
-        one is not None and one.shape == thing.shape
-        for thing, one in zip(truth.objects, match_tracks(seen, truth), strict=True)
-    )
+    """Every object that was named has its shape, one of which a part is hidden by what is left of it."""
+    tracks = match_tracks(seen, truth)
+    shapes = ["" if one is None else one.shape for one in tracks]
+    if truth.kind == "depth" and (found := hidden_part(seen, truth)):
+        shapes[found[0]] = found[1]
+    return shapes == [thing.shape for thing in truth.objects]
 
 
 def check_count(seen: Tracking, truth: Truth) -> bool:
     """As many objects as said, and hardly ever more."""
     wanted = len(truth.objects)
-    partly = truth.kind in ("occluder", "collision") or any(thing.motion in _PARTIAL for thing in truth.objects)
-    return bool((seen.counts == wanted).mean() >= (0.4 if partly else 0.8) and (seen.counts > wanted).mean() <= 0.12)
+    more = 0.3 if truth.kind == "passing" else 0.12  # what is behind may show on both sides
+    partly = truth.kind in _HIDING or any(thing.motion in _PARTIAL for thing in truth.objects)
+    return bool((seen.counts == wanted).mean() >= (0.4 if partly else 0.8) and (seen.counts > wanted).mean() <= more)
 
 
 def check_size(seen: Tracking, truth: Truth) -> bool | None:
@@ -72,22 +79,28 @@ def check_size(seen: Tracking, truth: Truth) -> bool | None:
     order = list(SIZES)
     borders = [(SIZES[a][1] + SIZES[b][0]) / 2 for a, b in pairwise(order)]
     answers = []
-    for thing, one in zip(truth.objects, match_tracks(seen, truth), strict=True):
+    hidden = hidden_part(seen, truth) if truth.kind == "depth" else None
+    for number, (thing, one) in enumerate(zip(truth.objects, match_tracks(seen, truth), strict=True)):
         if thing.size:
             if one is None or not one.whole.any():
                 return False
-            radius = float(np.median(one.radii[one.whole])) / seen.unit
+            part = hidden if hidden and hidden[0] == number else None
+            radius = (part[2] if part else float(np.median(one.radii[one.whole]))) / seen.unit
             answers.append(order[int(np.searchsorted(borders, radius))] == thing.size)
     return all(answers) if answers else None
 
 
-def _ground_color(frames: np.ndarray, clear: np.ndarray) -> str:
-    """The nearest of the world's muted colours to the median over clear pixels; "" where there are none."""
+def _ground_color(frames: np.ndarray, clear: np.ndarray, texture: str = "") -> str:
+    """The nearest of the world's muted colours to the median over clear pixels; "" where there are none.
+
+    Over a textured floor it is the mean, and one of the colours is that of wood.
+    """
     if not clear.any():
         return ""
-    palette = np.array(list(GROUNDS.values()), np.float64)
-    color = np.median(frames[clear], axis=0)
-    return list(GROUNDS)[int(((palette - color) ** 2).sum(1).argmin())]
+    known = FLOOR_COLORS if texture else GROUNDS
+    palette = np.array(list(known.values()), np.float64)
+    color = frames[clear].mean(0) if texture else np.median(frames[clear], axis=0)
+    return list(known)[int(((palette - color) ** 2).sum(1).argmin())]
 
 
 def check_background(frames: np.ndarray, seen: Tracking, truth: Truth) -> bool | None:
@@ -96,9 +109,12 @@ def check_background(frames: np.ndarray, seen: Tracking, truth: Truth) -> bool |
         return None
     strip = max(2, frames.shape[1] // 16)
     clear = seen.labels < 0
+    if truth.light:
+        frames = frames / gain(truth.light, frames.shape[2])
     if truth.wall and _ground_color(frames[:, :strip], clear[:, :strip]) != truth.wall:
         return False
-    return not truth.floor or _ground_color(frames[:, -strip // 2 :], clear[:, -strip // 2 :]) == truth.floor
+    low = -strip if truth.texture else -strip // 2
+    return not truth.floor or _ground_color(frames[:, low:], clear[:, low:], truth.texture) == truth.floor
 
 
 def _pan(frames: np.ndarray, seen: Tracking, thing: Track, truth: Truth) -> bool:
@@ -153,6 +169,15 @@ def check_motion(frames: np.ndarray, seen: Tracking, truth: Truth) -> bool:
         return _pan(frames, seen, found[0], truth)
     if truth.kind == "occluder":
         return _passes_behind(found[0], truth.objects[0].direction, seen.unit)
+    if truth.kind == "wall":
+        pairs = zip(truth.objects, found, strict=True)
+        return all(_passes_behind(one, thing.direction, seen.unit) for thing, one in pairs)
+    if truth.kind == "passing":  # what passes what, and how, is the relation
+        return passes_by(found[0], truth.objects[0].direction, seen.unit)
+    if truth.kind == "meeting":
+        return meets(found[0], found[1], truth, seen.unit)
+    if truth.kind == "travel":
+        return camera_goes(frames, seen, found, truth.pan)
     if truth.kind == "collision":
         return _collides(found[0], found[1], truth.objects[0].direction, seen.unit)
     if len(frames) == 1:
@@ -173,6 +198,7 @@ def judge(frames: UInt8[np.ndarray, "T H W 3"], truth: Truth, seen: Tracking | N
         motion=check_motion(frames, seen, truth),
         background=check_background(frames, seen, truth),
         size=check_size(seen, truth),
+        relation=check_relation(seen, truth),
     )
 
 

@@ -7,6 +7,7 @@ physics are held more strictly by `checkers`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
@@ -164,6 +165,50 @@ def exits(track: Track, direction: str, unit: float) -> bool:
     return enters(_backwards(track), _OPPOSITE[direction], unit)
 
 
+def _straight(places: np.ndarray, unit: float) -> tuple[float, int] | None:
+    """(speed, turns) of places [T] along one axis that change evenly but for turning round; None if they do not.
+
+    The lines between the turns have one slope but for its sign, and no place is far from its line.
+    """
+    steps = np.diff(places)
+    speed = float(np.median(np.abs(steps)))
+    if speed < 0.4 * unit:
+        return (speed, 0) if np.ptp(places) < 0.4 * unit * len(places) else None
+    sure = np.flatnonzero(np.abs(steps) > 0.7 * speed)
+    turns = [(int(k), int(n)) for k, n in pairwise(sure) if steps[k] * steps[n] < 0]
+    # it turns round at once, if need be in the first step or the last
+    if any(n - k > 3 for k, n in turns) or sure[0] > 1 or sure[-1] < len(steps) - 2:
+        return None
+    edges = [sure[0], *(edge for k, n in turns for edge in (k + 2, n)), sure[-1] + 2]
+    slopes = []
+    for start, stop in zip(edges[::2], edges[1::2], strict=True):
+        times = np.arange(start, stop, dtype=np.float64)
+        if len(times) < 3:
+            continue
+        slope, offset = np.polyfit(times, places[start:stop], 1)
+        if np.abs(places[start:stop] - slope * times - offset).max() > 0.8 * unit:
+            return None
+        slopes.append(abs(float(slope)))
+    even = slopes and max(slopes) - min(slopes) < 0.15 * max(slopes) + 0.25 * unit
+    return (max(slopes), len(turns)) if even else None
+
+
+def floats(track: Track, direction: str, unit: float) -> bool:
+    """Straight lines at one speed, thrown back by what it meets: nothing speeds it up or slows it down."""
+    if track.seen.mean() < 0.9 or track.seen.sum() < 6 or not _size_steady(track):
+        return False
+    places = track.centers[track.seen]
+    axes = [_straight(places[:, axis], unit) for axis in (0, 1)]
+    if axes[0] is None or axes[1] is None:
+        return False
+    if np.hypot(axes[0][0], axes[1][0]) < 1.2 * unit or axes[0][1] + axes[1][1] < 1:
+        return False
+    if not direction:
+        return True
+    start = places[3] - places[0]
+    return bool(start @ heading(direction) > np.cos(np.radians(26)) * np.hypot(*start))
+
+
 MOTION_CHECKS: dict[str, Callable[[Track, str, float], bool]] = {
     "slide": slides,
     "rest": rests,
@@ -174,4 +219,5 @@ MOTION_CHECKS: dict[str, Callable[[Track, str, float], bool]] = {
     "shrink": shrinks,
     "enter": enters,
     "exit": exits,
+    "float": floats,
 }

@@ -15,7 +15,11 @@ import numpy as np
 from sora_jax.data.world.motion import heading
 from sora_jax.data.world.prompts import ObjectTruth, Truth
 from sora_jax.data.world.scene import GRAVITY, OUTLINES
+from sora_jax.evaluation.encounters import exchange
+from sora_jax.evaluation.motions import floats
 from sora_jax.evaluation.tracking import Track, Tracking
+
+_HIDING = ("occluder", "wall")  # kinds of clip in which one may be hidden for a moment
 
 
 def match_tracks(seen: Tracking, truth: Truth) -> list[Track | None]:
@@ -186,7 +190,7 @@ def color_constancy(seen: Tracking, truth: Truth) -> bool:
 def continuity(seen: Tracking, truth: Truth) -> bool:
     """Objects neither vanish, nor appear, nor jump inside the frame: each is one unbroken track.
 
-    A track may end only at the border (or, for a moment, behind an occluder), and an object that does not fall moves
+    A track may end only at the border (or, for a moment, behind what hides it), and an object that does not fall moves
     less than 7 units a frame (more in a short clip or a wide frame, which it crosses in the time it has).
     """
     frames, height, width = seen.labels.shape
@@ -198,7 +202,7 @@ def continuity(seen: Tracking, truth: Truth) -> bool:
             return False
         shown = np.flatnonzero(track.seen)
         gaps = np.diff(shown)
-        if truth.kind != "occluder" and (gaps > 1).any():
+        if truth.kind not in _HIDING and (gaps > 1).any():
             return False
         cut = track.clipped & (track.areas < 0.6 * np.nanmax(track.areas))
         if shown[0] > 0 and not cut[shown[0]]:
@@ -214,9 +218,14 @@ def continuity(seen: Tracking, truth: Truth) -> bool:
 
 def permanence(seen: Tracking, truth: Truth) -> bool:
     """Behind an occluder an object goes on: same colour, shape and size on the other side, on the line it was on."""
-    track = match_tracks(seen, truth)[0]
-    if track is None or len(seen.tracks) != 1:
+    tracks = match_tracks(seen, truth)
+    if len(seen.tracks) != len(truth.objects):
         return False
+    return all(track is not None and _reappears(track, seen.unit) for track in tracks)
+
+
+def _reappears(track: Track, unit: float) -> bool:
+    """Whether one track goes on after it was hidden as if it had not been."""
     hidden = ~track.seen
     if not hidden.any() or not track.whole.any():
         return False
@@ -234,11 +243,7 @@ def permanence(seen: Tracking, truth: Truth) -> bool:
     design = np.column_stack([np.ones(both.sum()), np.flatnonzero(both), after[both]])
     fit, *_ = np.linalg.lstsq(design, track.centers[both], rcond=None)
     off = track.centers[both] - design @ fit
-    return bool(
-        np.abs(off).max() < 1.8 * seen.unit
-        and np.abs(fit[2]).max() < 4 * seen.unit
-        and abs(fit[1][0]) > 0.5 * seen.unit
-    )
+    return bool(np.abs(off).max() < 1.8 * unit and np.abs(fit[2]).max() < 4 * unit and abs(fit[1][0]) > 0.5 * unit)
 
 
 def crossing(seen: Tracking, truth: Truth) -> bool:
@@ -264,9 +269,16 @@ def crossing(seen: Tracking, truth: Truth) -> bool:
 
 
 def momentum(seen: Tracking, truth: Truth) -> bool:
-    """One moves and one rests until they touch; then momentum and energy are as before (masses are areas)."""
+    """One moves and one rests, or both move, until they touch; then momentum and energy are as before.
+
+    Masses are areas.
+    """
     first, second = match_tracks(seen, truth)
-    if first is None or second is None or not first.seen.all():
+    if first is None or second is None:
+        return False
+    if truth.kind == "meeting":
+        return exchange(first, second, truth, seen.unit)
+    if not first.seen.all():
         return False
     time, speeds = _knock(first, second, truth, seen.unit)
     if time is None:
@@ -320,6 +332,11 @@ def _knock(first: Track, second: Track, truth: Truth, unit: float) -> tuple[floa
     return float(time), (float(before[0]), float(after[0]), float(knocked[0]))
 
 
+def weightlessness(seen: Tracking, truth: Truth) -> bool:
+    """Without gravity everything flies in straight lines at one speed, and walls throw it back as fast as it came."""
+    return all(track is not None and floats(track, "", seen.unit) for track in match_tracks(seen, truth))
+
+
 def ground_shift(frames: np.ndarray, seen: Tracking) -> float:
     """How far the background has moved to the right over the clip, in pixels, by its vertical stripes; nan if plain.
 
@@ -365,7 +382,7 @@ class Law(NamedTuple):
 
 
 def _has(*motions: str) -> Callable[[Truth], bool]:
-    return lambda truth: truth.kind in ("single", "pair") and any(o.motion in motions for o in truth.objects)
+    return lambda truth: truth.kind in ("single", "pair", "trio") and any(o.motion in motions for o in truth.objects)
 
 
 LAWS: dict[str, Law] = {
@@ -373,8 +390,9 @@ LAWS: dict[str, Law] = {
     "restitution": Law(restitution, _has("bounce")),
     "reflection": Law(reflection, _has("bounce")),
     "color_constancy": Law(color_constancy, lambda truth: True),
-    "continuity": Law(continuity, lambda truth: True),
-    "permanence": Law(permanence, lambda truth: truth.kind == "occluder"),
+    "continuity": Law(continuity, lambda truth: truth.kind != "passing"),  # where half of a thing is seen, it jumps
+    "permanence": Law(permanence, lambda truth: truth.kind in ("occluder", "wall")),
     "crossing": Law(crossing, _has("enter", "exit")),
-    "momentum": Law(momentum, lambda truth: truth.kind == "collision"),
+    "momentum": Law(momentum, lambda truth: truth.kind in ("collision", "meeting")),
+    "weightlessness": Law(weightlessness, lambda truth: not truth.gravity),
 }

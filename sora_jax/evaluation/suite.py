@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from sora_jax.data.world.prompts import heldout_prompts
+from sora_jax.data.world.scene import Mix
 from sora_jax.errors import UserError
 from sora_jax.evaluation.checkers import judge, judge_physics
 from sora_jax.evaluation.physics import LAWS
 from sora_jax.evaluation.tracking import track
 
 SampleFn = Callable[[list[str], list[int]], np.ndarray]
-ATTRIBUTES = ("color", "shape", "count", "motion", "all", "background", "size")
+ATTRIBUTES = ("color", "shape", "count", "motion", "all", "background", "size", "relation")
 _Z = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 
 
@@ -47,6 +48,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 20,
     progress: Callable[[int, int], None] | None = None,
+    mix: Mix | None = None,
 ) -> dict[str, Any]:
     """Samples `n` held-out prompts and judges what comes back.
 
@@ -55,17 +57,19 @@ def evaluate(
       n, seed: how many prompts, and which: the same seed asks the same prompts.
       batch_size: prompts per call; the last batch is smaller when it does not divide n.
       progress: called with (clips judged, n) after each batch.
+      mix: what the prompts ask for; the first world's by default.
 
     Returns:
       {"suite": "world", "n": n, "metrics": {name: {"value", "low", "high", "n"}}}: shares with Wilson 95 % intervals.
-      Names: color, shape, count, motion, all (these four together); background and size, over the prompts that say
-      them; physics.LAW, over the prompts that the law speaks of. A metric that no prompt speaks of is left out.
+      Names: color, shape, count, motion, all (these four together, and the relation where there is one); background,
+      size and relation, over the prompts that say them; physics.LAW, over the prompts that the law speaks of. A metric
+      that no prompt speaks of is left out.
     """
     if n < 1 or batch_size < 1:
         raise UserError(
             f"an evaluation needs at least one prompt and a batch of one, not n={n}, batch_size={batch_size}"
         )
-    prompts = heldout_prompts(n, seed)
+    prompts = heldout_prompts(n, seed, mix=mix)
     answers: dict[str, list[bool]] = {name: [] for name in (*ATTRIBUTES, *(f"physics.{law}" for law in LAWS))}
     for start in range(0, n, batch_size):
         batch = prompts[start : start + batch_size]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int8, UInt8
 
-from sora_jax.data.world.render import shape_distance
+from sora_jax.data.world.outlines import shape_distance
 from sora_jax.data.world.scene import COLORS, SHAPES, SQUARE_HALF, STAR_REACH, TRIANGLE_REACH
 
 _PALETTE = np.array(list(COLORS.values()), np.float32)

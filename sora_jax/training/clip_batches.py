@@ -5,7 +5,6 @@ Batch b is a function of (seed, b): whether it is of videos or of images, and wh
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -81,7 +80,7 @@ def _world(data: DataConfig) -> ClipSource:
         return _frames(source, [(number * rows + row) % len(source) for row in range(rows)])
 
     size = {"clips": data.clips, "frames": data.frames, "height": data.height, "width": data.width}
-    manifest = {"world": "train", "seed": data.seed, **size, "mix": dataclasses.asdict(data.mix)}
+    manifest = {"world": "train", "seed": data.seed, **size, "mix": data.mix.identity}
     return ClipSource(
         draw, lambda rows: _frames(clips("heldout", data.frames), range(rows)), {"world": data.seed}, manifest
     )

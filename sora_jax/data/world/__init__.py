@@ -7,7 +7,7 @@ world.WorldSource(seed=0, n=200_000)[7]              # any clip, by number
 """
 
 from sora_jax.data.world.captions import Captions, captions, dense_caption, short_caption, shot_captions
-from sora_jax.data.world.prompts import ObjectTruth, Prompt, Truth, heldout_prompts, prompts, truth_of
+from sora_jax.data.world.prompts import ObjectTruth, Prompt, Story, Truth, heldout_prompts, prompts, stories, truth_of
 from sora_jax.data.world.render import render
 from sora_jax.data.world.sampling import sample_scene, sample_scenes
 from sora_jax.data.world.scene import (
@@ -40,6 +40,7 @@ __all__ = [
     "Prompt",
     "Scene",
     "Shot",
+    "Story",
     "Truth",
     "WorldObject",
     "WorldSource",
@@ -53,5 +54,6 @@ __all__ = [
     "sample_scenes",
     "short_caption",
     "shot_captions",
+    "stories",
     "truth_of",
 ]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sora_jax.data.world.scene import DIRECTIONS, GRAVITY, OUTLINES, Event
+from sora_jax.data.world.scene import DIRECTIONS, GRAVITY, OUTLINES, SIZES, Event
 
 
 class Stage(NamedTuple):
@@ -65,6 +65,12 @@ def bounce_height(
             return np.where(since >= 0, 0.0, heights), hits
         hit += 2 * speed / gravity
     return heights, hits
+
+
+def draw_radius(rng: np.random.Generator, size: str, stage: Stage) -> float:
+    """A radius of a size, in pixels."""
+    low, high = SIZES[size]
+    return float(rng.uniform(low, high)) * stage.unit
 
 
 def _between(rng: np.random.Generator, low: float, high: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ class Spec(NamedTuple):
     size: str
     motion: str
     direction: str = ""
+    radius: float = 0.0  # units; 0: any of its size
 
     @property
     def combination(self) -> tuple[str, str, str]:
@@ -36,6 +38,8 @@ class Plan(NamedTuple):
     floor: bool
     specs: tuple[Spec, ...]
     orbit_pair: str = ""  # "opposite": both circle the middle; "around": the first circles the second
+    relation: str = ""  # of RELATIONS
+    camera: str = ""  # which way it goes: "left", "right", "up" or "down"
 
 
 def choose(rng: np.random.Generator, names: Sequence[str], mix: Mix) -> str:
@@ -122,8 +126,7 @@ def _draw_pair(rng: np.random.Generator, floor: bool, mix: Mix, moving: bool) ->
 
 def allowed(plan: Plan, split: str) -> bool:
     """Training never sees a held-out combination, `heldout` always shows one, two kinds never share a colour."""
-    first, *others = plan.specs
-    if any(other.color == first.color and other != first for other in others):
+    if any(one.color == other.color and one != other for one, other in combinations(plan.specs, 2)):
         return False
     if split == "all":
         return True

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sora_jax.data.world.captions import Said, pan_direction, short_caption
+from sora_jax.data.world.captions import Said, short_caption
+from sora_jax.data.world.phrases import pan_direction
 from sora_jax.data.world.sampling import sample_scene
 from sora_jax.data.world.scene import Mix, Shot, WorldObject
 
@@ -29,10 +30,14 @@ class Truth:
     """What a clip made from a prompt must show; "" where the prompt says nothing."""
 
     objects: tuple[ObjectTruth, ...]
-    kind: str = "single"  # single | pair | collision | occluder | pan
+    kind: str = "single"  # of KINDS and MORE_KINDS
     pan: str = ""  # which way the camera goes
     wall: str = ""  # colour of the background, or of the wall behind a floor
     floor: str = ""  # colour of the floor, or of the bottom of a gradient
+    relation: str = ""  # of the first object to the others, of RELATIONS; "head-on" or "from behind" where two meet
+    gravity: bool = True  # False: nothing pulls down, and the prompt says so
+    light: str = ""  # of LIGHTS
+    texture: str = ""  # of the floor
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,20 @@ def truth_of(shot: Shot, said: Said | None = None) -> Truth:
         floor = floor if said.place else ""
         wall = wall if (said.wall if ground.kind == "floor" else said.place) else ""
     objects = tuple(_object_truth(thing, said) for thing in shot.objects)
-    return Truth(objects, shot.kind, pan_direction(shot) if shot.kind == "pan" else "", wall, floor)
+    relation = shot.relation.name if shot.relation else ""
+    if shot.kind == "meeting":
+        relation = "from behind" if shot.objects[0].direction == shot.objects[1].direction else "head-on"
+    return Truth(
+        objects,
+        shot.kind,
+        pan_direction(shot) if shot.kind in ("pan", "travel") else "",
+        wall,
+        floor,
+        relation,
+        shot.gravity,
+        shot.light if said is None or said.light else "",
+        ground.texture if floor else "",
+    )
 
 
 def prompts(
@@ -79,3 +97,33 @@ def heldout_prompts(
 ) -> list[Prompt]:
     """`n` prompts that each name a combination of colour, shape and motion that training never showed."""
     return prompts(n, seed, split="heldout", frames=frames, height=height, width=width, mix=mix)
+
+
+@dataclass(frozen=True)
+class Story:
+    """A prompt for each shot of a clip with cuts, and what each of them must show."""
+
+    lengths: tuple[int, ...]  # frames
+    prompts: tuple[Prompt, ...]
+    same: bool  # the first object of every shot is one character
+
+
+def stories(
+    n: int,
+    seed: int,
+    *,
+    split: str = "heldout",
+    shots: tuple[int, ...] = (9, 9),
+    height: int = 64,
+    width: int = 64,
+    mix: Mix | None = None,
+) -> list[Story]:
+    """`n` clips of several shots to ask for; `mix.same` is the share of them in which a character stays."""
+    made = []
+    for index in range(n):
+        scene = sample_scene(seed, index, split=split, height=height, width=width, mix=mix, shots=shots)
+        rng = np.random.default_rng((_PROMPT_STREAM, seed, index))
+        said = [short_caption(shot, rng) for shot in scene.shots]
+        prompts = tuple(Prompt(one.text, truth_of(shot, one)) for shot, one in zip(scene.shots, said, strict=True))
+        made.append(Story(tuple(shots), prompts, all(shot.same for shot in scene.shots[1:])))
+    return made

@@ -1,78 +1,36 @@
 """Scenes to pixels: anti-aliased, and vectorised over clips and frames.
 
 Every object of a batch is a stack of small boxes, one a frame, in which its signed distance is evaluated; coverage
-is clip(1/2 - distance, 0, 1). Boxes are composited back to front on uint8 frames: background, shadows, objects, bar.
+is clip(1/2 - distance, 0, 1). Boxes are composited back to front on uint8 frames: background, shadows, objects, bar;
+light comes last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
 
+from sora_jax.data.world import lighting
+from sora_jax.data.world.outlines import shape_distance
 from sora_jax.data.world.scene import (
     COLORS,
+    FLOOR_COLORS,
     GROUNDS,
     OCCLUDERS,
     OUTLINES,
     SHAPES,
-    SQUARE_HALF,
-    STAR_REACH,
-    TRIANGLE_REACH,
+    Background,
+    Occluder,
     Scene,
     Shot,
 )
+from sora_jax.data.world.textures import texture
 
 _CHUNK = 16  # clips at a time: keeps the boxes of a layer in the cache
 _STRIPE_PERIOD = 20.0  # units
 _STRIPE_DEPTH = 20.0  # levels darker than the wall, on a black wall lighter
-
-
-def _ball(dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.ndarray:
-    return np.sqrt(dx * dx + dy * dy) - r
-
-
-def _square(dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.ndarray:
-    return np.maximum(np.abs(dx), np.abs(dy)) - SQUARE_HALF * r
-
-
-def _triangle(dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Equilateral, tip up, centred on its centroid: the largest distance to its three sides."""
-    side = 0.8660254 * np.abs(dx) - 0.5 * dy
-    return np.maximum(side, dy) - (TRIANGLE_REACH / 2) * r
-
-
-def _star(dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Five tips, one up; inner corners at half the outer radius. Each tenth is folded onto one straight edge."""
-    x, y = np.abs(dx), -dy
-    cos, sin = np.float32(np.cos(np.pi / 5)), np.float32(np.sin(np.pi / 5))
-    for normal_x in (cos, -cos):  # mirror on the lines 36 degrees right, then left, of the upper tip's axis
-        across = np.maximum(normal_x * x - sin * y, 0) * 2
-        x, y = x - across * normal_x, y + across * sin
-    x = np.abs(x)
-    # edge from the tip (0, R) to the inner corner R/2 (sin 36, cos 36)
-    edge_x, edge_y = 0.5 * np.sin(np.pi / 5), 0.5 * np.cos(np.pi / 5) - 1
-    length = np.hypot(edge_x, edge_y)
-    return (x * np.float32(-edge_y / length) + y * np.float32(edge_x / length)) - np.float32(
-        edge_x / length * STAR_REACH
-    ) * r
-
-
-_DISTANCE: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
-    "ball": _ball,
-    "square": _square,
-    "triangle": _triangle,
-    "star": _star,
-}
-
-
-def shape_distance(shape: str, dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Signed distance in pixels (inside < 0) of points at (dx, dy) from the centre of a shape of radius `r`.
-
-    Exact near the outline, which is all that coverage needs. All arrays float32, broadcast against each other.
-    """
-    return _DISTANCE[shape](dx, dy, r)
 
 
 def _boxes(
@@ -110,6 +68,14 @@ def _darken(canvas: np.ndarray, index: tuple[np.ndarray, ...], factor: np.ndarra
     canvas[index] = below.astype(np.uint8)
 
 
+def _stripes(at: np.ndarray, moved: np.ndarray, ground: Background, unit: float) -> np.ndarray:
+    """What stripes add to the wall [T, n] at the places [n], for a camera that has moved by [T]; pixels."""
+    way = at[None] + moved[:, None] + np.float32(ground.phase)
+    wave = np.cos(way * np.float32(2 * np.pi / (_STRIPE_PERIOD * unit)))
+    # a softened square wave: reads as stripes, yet shifts by fractions of a pixel without flicker
+    return np.clip(0.5 + 1.2 * wave, 0, 1) * np.float32(_STRIPE_DEPTH if ground.wall == "black" else -_STRIPE_DEPTH)
+
+
 def _ground(shots: Sequence[Shot], height: int, width: int) -> np.ndarray:
     """Backgrounds [n, T, H, W, 3] uint8 of shots of one length."""
     frames = shots[0].frames
@@ -124,22 +90,23 @@ def _ground(shots: Sequence[Shot], height: int, width: int) -> np.ndarray:
             column = wall + (np.array(GROUNDS[ground.floor], np.float32) - wall) * (y / height)
         else:
             column = wall * (1.03 - 0.06 * y / max(ground.horizon, 1.0))  # a little light from above
-        if ground.striped:
-            moved = x[None] + shot.pan[:, None] + np.float32(ground.phase)
-            wave = np.cos(moved * np.float32(2 * np.pi / (_STRIPE_PERIOD * unit)))
-            # a softened square wave: reads as stripes, yet shifts by fractions of a pixel without flicker
-            depth = np.clip(0.5 + 1.2 * wave, 0, 1) * np.float32(
-                _STRIPE_DEPTH if ground.wall == "black" else -_STRIPE_DEPTH
-            )
-            picture = column[None, :, None] + depth[:, None, :, None]
+        if ground.striped and ground.level:
+            tilt = np.zeros(frames, np.float32) if shot.tilt is None else shot.tilt
+            picture = (column + _stripes(y[:, 0], tilt, ground, unit)[..., None])[:, :, None]
+        elif ground.striped:
+            picture = column[None, :, None] + _stripes(x, shot.pan, ground, unit)[:, None, :, None]
         else:
             picture = column[None, :, None]
         if ground.kind == "floor":
-            floor = np.array(GROUNDS[ground.floor], np.float32)
+            floor = np.array(FLOOR_COLORS[ground.floor], np.float32)
             depth = (y - ground.horizon) / (height - ground.horizon)
             cover = np.clip(y - ground.horizon + 0.5, 0, 1)
             below = floor * (0.93 + 0.07 * np.clip(depth, 0, 1))
-            picture = picture + cover[:, None] * (below[:, None] - picture)
+            over = below[:, None]
+            if ground.texture:
+                moved = shot.pan if shot.pan.any() else shot.pan[:1]
+                over = over * texture(ground.texture, height, width, ground.contact, moved, ground.phase)[..., None]
+            picture = picture + cover[:, None] * (over - picture)
         out[:] = np.clip(picture + 0.5, 0, 255.5).astype(np.uint8)
     return canvas
 
@@ -150,7 +117,7 @@ def _shadows(canvas: np.ndarray, shots: Sequence[Shot], numbers: list[int], laye
     if not chosen:
         return
     frames = shots[0].frames
-    objects = [shots[n].objects[layer] for n in chosen]
+    objects = [shots[n].painted[layer] for n in chosen]
     x = np.concatenate([o.centers[:, 0] for o in objects])
     bottom = np.concatenate([o.centers[:, 1] + OUTLINES[o.shape].bottom * o.radii for o in objects])
     contact = np.repeat([shots[n].background.contact for n in chosen], frames)
@@ -171,7 +138,7 @@ def _objects(
 ) -> None:
     """Draws object `layer` of the numbered shots, all of one shape."""
     frames = shots[0].frames
-    objects = [shots[n].objects[layer] for n in numbers]
+    objects = [shots[n].painted[layer] for n in numbers]
     x = np.concatenate([o.centers[:, 0] for o in objects])
     y = np.concatenate([o.centers[:, 1] for o in objects])
     radius = np.concatenate([o.radii for o in objects])
@@ -187,10 +154,15 @@ def _objects(
     r = radius[:, None, None]
     distance = shape_distance(shape, dx, dy, r)
     # Light from above, a darker rim, and on a ball a soft highlight: brightness changes, hue does not
-    light = (1.04 - 0.12 * dy / r) * (1 - 0.2 * np.clip(distance / np.float32(1.4 * unit) + 1, 0, 1))
+    above = 1.04 - 0.12 * dy / r
+    sides = np.repeat([lighting.side(shots[n].light) for n in numbers], frames)[inside]
+    if sides.any():
+        above = above + (sides.astype(np.float32)[:, None, None] * np.float32(lighting.SHADING)) * dx / r
+    light = above * (1 - 0.2 * np.clip(distance / np.float32(1.4 * unit) + 1, 0, 1))
     color = light[..., None] * base[:, None, None, :]
     if shape == "ball":
-        spot = ((dx + 0.35 * r) ** 2 + (dy + 0.4 * r) ** 2) / (0.3 * r) ** 2
+        shift = np.where(sides > 0, -0.35, 0.35).astype(np.float32)[:, None, None]  # to where the light comes from
+        spot = ((dx + shift * r) ** 2 + (dy + 0.4 * r) ** 2) / (0.3 * r) ** 2
         gloss = np.maximum(1 - spot * 0.35, 0)[..., None] * np.float32(0.42)
         color += gloss * (255 - color)
     np.clip(color, 0, 255, out=color)
@@ -217,6 +189,9 @@ def _bar(frames: np.ndarray, shot: Shot, unit: float) -> None:
     width = frames.shape[2]
     x = np.arange(width, dtype=np.float32) + 0.5
     distance = np.maximum(shot.occluder.left - x, x - shot.occluder.right)
+    if shot.occluder.top > -np.inf:
+        _standing(frames, shot.occluder, distance, unit)
+        return
     cover = np.clip(0.5 - distance, 0, 1)[:, None]
     color = np.array(OCCLUDERS[shot.occluder.color], np.float32) * (
         1 - 0.14 * np.clip(distance / np.float32(2 * unit) + 1, 0, 1)[:, None]
@@ -225,6 +200,20 @@ def _bar(frames: np.ndarray, shot: Shot, unit: float) -> None:
     part = slice(here[0], here[-1] + 1)
     below = frames[:, :, part].astype(np.float32)
     frames[:, :, part] = (below + cover[part] * (color[part] - below) + 0.5).astype(np.uint8)
+
+
+def _standing(frames: np.ndarray, wall: Occluder, across: np.ndarray, unit: float) -> None:
+    """A wall that stands on the floor; `across` [W] is how far a column is outside of it (inside < 0)."""
+    y = np.arange(frames.shape[1], dtype=np.float32) + 0.5
+    distance = np.maximum(across[None], np.maximum(np.float32(wall.top) - y, y - np.float32(wall.bottom))[:, None])
+    cover = np.clip(0.5 - distance, 0, 1)[..., None]
+    color = np.array(OCCLUDERS[wall.color], np.float32) * (
+        1 - 0.14 * np.clip(distance / np.float32(2 * unit) + 1, 0, 1)[..., None]
+    )
+    rows, columns = (np.flatnonzero(cover[..., 0].any(axis)) for axis in (1, 0))
+    part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    below = frames[:, *part].astype(np.float32)
+    frames[:, *part] = (below + cover[part] * (color[part] - below) + 0.5).astype(np.uint8)
 
 
 def render_shots(shots: Sequence[Shot], height: int, width: int) -> UInt8[np.ndarray, "n T {height} {width} 3"]:
@@ -242,11 +231,12 @@ def render_shots(shots: Sequence[Shot], height: int, width: int) -> UInt8[np.nda
         _pivots(canvas, part, unit)
         for layer in range(layers):
             for shape in SHAPES:
-                numbers = [n for n in members[layer] if part[n].objects[layer].shape == shape]
+                numbers = [n for n in members[layer] if part[n].painted[layer].shape == shape]
                 if numbers:
                     _objects(canvas, part, shape, numbers, layer, unit)
         for frames, shot in zip(video, part, strict=True):
             _bar(frames, shot, unit)
+            lighting.shine(frames, shot.light)
         out[start : start + len(part)] = video
     return out
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from sora_jax.data.world import motion
-from sora_jax.data.world.motion import Path, Stage
+from sora_jax.data.world import encounters, motion, relations
+from sora_jax.data.world.motion import Path, Stage, draw_radius
+from sora_jax.data.world.outlines import covered
 from sora_jax.data.world.plans import Plan, Spec, allowed, choose, draw_plan, pick
+from sora_jax.data.world.relations import Places
 from sora_jax.data.world.scene import (
     FLOORS,
     KINDS,
+    LIGHTS,
+    MORE_KINDS,
     OUTLINES,
-    SIZES,
+    TEXTURES,
     WALLS,
     Background,
     Event,
@@ -22,10 +27,13 @@ from sora_jax.data.world.scene import (
     Scene,
     Shot,
     WorldObject,
+    is_heldout,
 )
+from sora_jax.data.world.shots import character_kinds, differs, draw_character, played, recognisable
 from sora_jax.errors import UserError, nearest
 
 SPLITS = ("train", "heldout", "all")
+STILL_KINDS = ("single", "pair", "trio", "relation", "depth")  # kinds that one frame can show
 _STREAM = 0x50524F43  # keeps the world's random streams apart from others made of (seed, index)
 
 
@@ -38,19 +46,21 @@ def _background(rng: np.random.Generator, plan: Plan, stage: Stage, mix: Mix, av
         floor = pick(rng, [name for name in FLOORS if name not in colors])
         wall = pick(rng, [name for name in walls if name != floor])
         horizon = stage.contact - float(rng.uniform(5, 8)) * stage.unit
-        striped = bool(rng.random() < mix.striped)
-        return Background("floor", wall, floor, horizon, stage.contact, striped, phase)
+        striped = not plan.camera and bool(rng.random() < mix.striped)
+        texture = ""
+        if plan.camera or (mix.textured and rng.random() < mix.textured):  # a camera's way must be seen
+            texture = pick(rng, TEXTURES)
+            floor = "wooden" if texture == "wooden" else floor
+        return Background("floor", wall, floor, horizon, stage.contact, striped, phase, texture)
     edge = float(stage.height)
+    if plan.camera:
+        wall = pick(rng, walls)
+        return Background("plain", wall, "", edge, edge, True, phase, level=plan.camera in ("up", "down"))
     striped = plan.kind == "pan" or bool(rng.random() < mix.striped)
     if not striped and rng.random() < mix.gradient:
         wall, floor = (str(name) for name in rng.permutation([name for name in walls if name != "black"])[:2])
         return Background("gradient", wall, floor, edge, edge, False, phase)
     return Background("plain", pick(rng, walls), "", edge, edge, striped, phase)
-
-
-def _radius(rng: np.random.Generator, size: str, stage: Stage) -> float:
-    low, high = SIZES[size]
-    return float(rng.uniform(low, high)) * stage.unit
 
 
 def _path(rng: np.random.Generator, stage: Stage, spec: Spec, radius: float) -> Path:
@@ -86,7 +96,7 @@ def _apart(stage: Stage, plan: Plan, first: Path, second: Path) -> bool:
 
 def _pair(rng: np.random.Generator, stage: Stage, plan: Plan) -> list[Path] | None:
     """Two paths that never touch, or None when luck runs out."""
-    radii = [_radius(rng, spec.size, stage) for spec in plan.specs]
+    radii = [draw_radius(rng, spec.size, stage) for spec in plan.specs]
     if plan.specs[0].size == plan.specs[1].size:
         radii[1] = radii[0]
     if plan.orbit_pair == "around":
@@ -115,7 +125,7 @@ def _pair(rng: np.random.Generator, stage: Stage, plan: Plan) -> list[Path] | No
 
 def _collision(rng: np.random.Generator, stage: Stage, plan: Plan) -> list[Path]:
     """The first slides into the second, which rests; equal areas mean equal masses."""
-    radii = [_radius(rng, spec.size, stage) for spec in plan.specs]
+    radii = [draw_radius(rng, spec.size, stage) for spec in plan.specs]
     if stage.contact is not None or plan.specs[0].size == plan.specs[1].size:
         radii[1] = radii[0]
     widths = [OUTLINES[spec.shape].half_width * radius for spec, radius in zip(plan.specs, radii, strict=True)]
@@ -140,7 +150,7 @@ def _collision(rng: np.random.Generator, stage: Stage, plan: Plan) -> list[Path]
 def _occlusion(rng: np.random.Generator, stage: Stage, plan: Plan, ground: Background) -> tuple[Path, Occluder]:
     """An object slides from one side of a bar, behind it, to the other side."""
     spec = plan.specs[0]
-    radius = _radius(rng, spec.size, stage)
+    radius = draw_radius(rng, spec.size, stage)
     width = OUTLINES[spec.shape].half_width * radius
     path = motion.rest(rng, stage, spec.shape, radius)
     ends = width + rng.uniform(0, 2, 2) * stage.unit
@@ -157,18 +167,25 @@ def _overlap(low: np.ndarray, high: np.ndarray, start: float, end: float) -> np.
     return np.maximum(np.minimum(high, end) - np.maximum(low, start), 0)
 
 
-def _finish(spec: Spec, path: Path, stage: Stage, occluder: Occluder | None) -> WorldObject:
-    """Adds the visible share of the bounding box to what the path says."""
+def _finish(spec: Spec, path: Path, stage: Stage, occluder: Occluder | None, hidden: np.ndarray | float) -> WorldObject:
+    """Adds the visible share to what the path says; `hidden` is the share that objects before it cover."""
     outline = OUTLINES[spec.shape]
     x, y, radii = path.centers[:, 0], path.centers[:, 1], path.radii
     left, right = x - outline.half_width * radii, x + outline.half_width * radii
     top, bottom = y - outline.top * radii, y + outline.bottom * radii
     seen = _overlap(left, right, 0, stage.width)
     if occluder is not None:
-        seen = seen - _overlap(left, right, max(occluder.left, 0), min(occluder.right, stage.width))
-    share = seen / (right - left) * _overlap(top, bottom, 0, stage.height) / (bottom - top)
+        behind = _overlap(left, right, max(occluder.left, 0), min(occluder.right, stage.width))
+        if occluder.top > -np.inf:
+            behind = behind * _overlap(top, bottom, occluder.top, occluder.bottom) / (bottom - top)
+        seen = seen - behind
+    share = seen / (right - left) * _overlap(top, bottom, 0, stage.height) / (bottom - top) * (1 - hidden)
     return WorldObject(
-        *spec,
+        spec.shape,
+        spec.color,
+        spec.size,
+        spec.motion,
+        spec.direction,
         centers=path.centers.astype(np.float32),
         radii=radii.astype(np.float32),
         visibility=np.clip(share, 0, 1).astype(np.float32),
@@ -183,48 +200,133 @@ def _shot(
     contact = height - float(rng.uniform(6, 9)) * unit if plan.floor else None
     stage = Stage(frames, height, width, contact)
     ground = _background(rng, plan, stage, mix, avoid)
-    pan = np.zeros(frames, np.float32)
-    occluder = None
-    if plan.kind == "single":
-        paths = [_path(rng, stage, plan.specs[0], _radius(rng, plan.specs[0].size, stage))]
-    elif plan.kind == "pair":
-        pair = _pair(rng, stage, plan)
-        if pair is None:
-            return None
-        paths = pair
-    elif plan.kind == "collision":
-        paths = _collision(rng, stage, plan)
-    elif plan.kind == "occluder":
-        path, occluder = _occlusion(rng, stage, plan, ground)
-        paths = [path]
-    else:  # pan: the object slides across the screen, as the world does
-        direction = pick(rng, ("left", "right"))
-        spec = plan.specs[0]
-        path = motion.slide(rng, stage, spec.shape, _radius(rng, spec.size, stage), direction)
-        pan = (path.centers[0, 0] - path.centers[:, 0]).astype(np.float32)
-        paths = [path._replace(direction="")]
+    places = _places(rng, stage, plan, ground)
+    if places is None:
+        return None
+    paths = places.paths
     events = tuple(
         event if event.kind == "collision" else event._replace(objects=(number,))
         for number, path in enumerate(paths)
         for event in path.events
     )
-    objects = tuple(_finish(spec, path, stage, occluder) for spec, path in zip(plan.specs, paths, strict=True))
-    pivot = None if plan.orbit_pair == "around" else paths[0].pivot
-    return Shot(plan.kind, objects, ground, pan, occluder, pivot, events)
+    hidden: list[np.ndarray | float] = [0.0] * len(paths)
+    if places.order:  # two of which one is before the other
+        back, front = places.order
+        far, near = paths[back], paths[front]
+        hidden[back] = covered(
+            plan.specs[back].shape,
+            far.radii[0],
+            plan.specs[front].shape,
+            near.radii[0],
+            near.centers - far.centers,
+        )
+    objects = tuple(
+        _finish(spec, path, stage, places.occluder, share)
+        for spec, path, share in zip(plan.specs, paths, hidden, strict=True)
+    )
+    return Shot(
+        plan.kind,
+        objects,
+        ground,
+        np.zeros(frames, np.float32) if places.pan is None else places.pan,
+        places.occluder,
+        None if plan.orbit_pair == "around" else paths[0].pivot,
+        events,
+        places.tilt,
+        places.relation,
+        places.order,
+        gravity=plan.kind != "floating",
+        light=pick(rng, LIGHTS) if mix.lit and rng.random() < mix.lit else "",
+    )
+
+
+_MORE_PLANS = relations.PLANS | encounters.PLANS
+_MORE_PLACES = relations.PLACES | encounters.PLACES
+
+
+def _places(rng: np.random.Generator, stage: Stage, plan: Plan, ground: Background) -> Places | None:
+    """Where everything of a plan goes; None when its objects could not be kept apart."""
+    first = plan.specs[0]
+    match plan.kind:
+        case "single":
+            radius = encounters.radius_of(rng, stage, plan, 0)
+            return Places([_path(rng, stage, first, radius)])
+        case "pair":
+            pair = _pair(rng, stage, plan)
+            return pair and Places(pair)
+        case "collision":
+            return Places(_collision(rng, stage, plan))
+        case "occluder":
+            path, occluder = _occlusion(rng, stage, plan, ground)
+            return Places([path], occluder=occluder)
+        case "pan":  # the object slides across the screen, as the world does
+            direction = pick(rng, ("left", "right"))
+            path = motion.slide(rng, stage, first.shape, encounters.radius_of(rng, stage, plan, 0), direction)
+            pan = (path.centers[0, 0] - path.centers[:, 0]).astype(np.float32)
+            return Places([path._replace(direction="")], pan=pan)
+        case "wall":
+            return encounters.place_wall(rng, stage, plan, ground)
+    return _MORE_PLACES[plan.kind](rng, stage, plan)
+
+
+def _kinds(frames: int, mix: Mix) -> list[str]:
+    """The kinds of shot that are possible; of those that came later only what the mix has."""
+    known = list(KINDS if frames > 1 else STILL_KINDS[:2])
+    return known + [kind for kind in (MORE_KINDS if frames > 1 else STILL_KINDS[2:]) if getattr(mix, kind) > 0]
 
 
 def _draw_shot(
-    rng: np.random.Generator, frames: int, height: int, width: int, split: str, mix: Mix, avoid: str
+    rng: np.random.Generator,
+    frames: int,
+    height: int,
+    width: int,
+    split: str,
+    mix: Mix,
+    before: Shot | None,
+    character: Spec | None = None,
+    tries: int = 10_000,
 ) -> Shot:
-    kind = choose(rng, KINDS if frames > 1 else ("single", "pair"), mix)  # once, so that the mix holds exactly
-    for _ in range(10_000):
-        plan = draw_plan(rng, kind, mix, moving=frames > 1)
+    """One shot; after `before` on another background, and with a `character` who does something new."""
+    moving = frames > 1
+    kinds = character_kinds(mix, before, moving) if character else _kinds(frames, mix)
+    kind = choose(rng, kinds, mix)  # once, so that the mix holds exactly
+    avoid = before.background.wall if before else ""
+    for _ in range(tries):
+        if kind in MORE_KINDS:
+            plan = _MORE_PLANS[kind](rng, bool(rng.random() < mix.floor), mix, moving)
+        else:
+            plan = draw_plan(rng, kind, mix, moving)
+        if character is not None:
+            plan = played(plan, character)
+            if not recognisable(plan) or not differs(plan, before):
+                continue
         if not allowed(plan, split):
             continue
         shot = _shot(rng, plan, frames, height, width, mix, avoid)
         if shot is not None:
             return shot
     raise UserError(f"no {kind} shot of this mix fits in {height}x{width} pixels: give a larger size or another mix")
+
+
+def _draw_story(
+    rng: np.random.Generator, lengths: Sequence[int], height: int, width: int, split: str, mix: Mix
+) -> list[Shot]:
+    """Shots of one character. What is held out need not be in each of them: few characters have it in all."""
+    for _ in range(200):
+        character = draw_character(rng, mix)
+        made: list[Shot] = []
+        for length in lengths:
+            before = made[-1] if made else None
+            within = "train" if split == "train" else "all"
+            try:
+                shot = _draw_shot(rng, length, height, width, within, mix, before, character, tries=100)
+            except UserError:  # it is held out from all that this kind of shot shows
+                break
+            made.append(replace(shot, same=before is not None))
+        shown = [thing.combination for shot in made for thing in shot.objects]
+        if len(made) == len(lengths) and (split != "heldout" or any(map(is_heldout, shown))):
+            return made
+    raise UserError(f"no character of this mix fits in {height}x{width} pixels: give a larger size or another mix")
 
 
 def sample_scene(
@@ -247,10 +349,12 @@ def sample_scene(
             f"a scene of {lengths} frames at {height}x{width} cannot be made: at least 1 frame and 16 pixels"
         )
     rng = np.random.default_rng((_STREAM, seed, index))
+    mix = mix or Mix()
+    if len(lengths) > 1 and mix.same and rng.random() < mix.same:
+        return Scene(seed, index, height, width, tuple(_draw_story(rng, lengths, height, width, split, mix)))
     made: list[Shot] = []
     for length in lengths:
-        avoid = made[-1].background.wall if made else ""
-        made.append(_draw_shot(rng, length, height, width, split, mix or Mix(), avoid))
+        made.append(_draw_shot(rng, length, height, width, split, mix, made[-1] if made else None))
     return Scene(seed, index, height, width, tuple(made))
 
 

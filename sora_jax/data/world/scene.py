@@ -40,6 +40,8 @@ GROUNDS: dict[str, tuple[int, int, int]] = {
 }
 FLOORS = ("gray", "blue", "green", "pink", "yellow", "purple")
 WALLS = ("white", "gray", "black", "blue", "green", "pink", "yellow", "purple")
+FLOOR_COLORS: dict[str, tuple[int, int, int]] = {**GROUNDS, "wooden": (186, 168, 144)}  # wood has a colour of its own
+TEXTURES = ("checkered", "dotted", "wooden")  # of floors
 OCCLUDERS: dict[str, tuple[int, int, int]] = {"dark": (86, 88, 98), "pale": (212, 212, 208)}
 
 SHAPES = ("ball", "square", "triangle", "star")
@@ -56,6 +58,11 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
 }
 MOTIONS = ("slide", "bounce", "fall", "orbit", "grow", "shrink", "rest", "enter", "exit")
 KINDS = ("single", "pair", "collision", "occluder", "pan")
+# The second world: three objects, how two or three stand, one before another, one that passes another, two that meet,
+# one or two behind a wall, no gravity, a camera that moves any way
+MORE_KINDS = ("trio", "relation", "depth", "passing", "meeting", "wall", "floating", "travel")
+RELATIONS = ("left of", "right of", "above", "below", "between", "in front of", "behind")
+LIGHTS = ("dim", "warm", "cool", "left", "right")  # the last two: from that side
 
 GRAVITY = 2.4  # units / frame^2, one law for the whole world
 FPS = 8
@@ -84,7 +91,7 @@ OUTLINES: dict[str, Outline] = {
 class Event(NamedTuple):
     """Something that happens between the frames: `time` is in frames (not rounded), `objects` are indices."""
 
-    kind: str  # "bounce" | "land" | "collision"
+    kind: str  # "bounce" | "land" | "collision" | "wall" (without gravity, at an edge of the room)
     time: float
     objects: tuple[int, ...]
 
@@ -96,13 +103,14 @@ class WorldObject:
     shape: str  # of SHAPES
     color: str  # of COLORS
     size: str  # of SIZES
-    motion: str  # of MOTIONS: what it does in the world, not what the camera does
-    direction: str  # of DIRECTIONS for slide, enter, exit and a drifting bounce; "clockwise" ... for orbit; else ""
+    motion: str  # of MOTIONS, or "float": what it does in the world, not what the camera does
+    direction: (
+        str  # of DIRECTIONS for slide, enter, exit, float (at first) and a drifting bounce; "clockwise" ... else ""
+    )
     centers: Float32[np.ndarray, "T 2"]  # (x, y) in image pixels, the camera's pan included
     radii: Float32[np.ndarray, " T"]  # pixels
-    visibility: Float32[
-        np.ndarray, " T"
-    ]  # in [0, 1]: share of its bounding box in the frame and not behind an occluder
+    # in [0, 1]: share of its bounding box in the frame and not behind an occluder, less what objects before it cover
+    visibility: Float32[np.ndarray, " T"]
 
     @property
     def combination(self) -> tuple[str, str, str]:
@@ -120,15 +128,27 @@ class Background(NamedTuple):
     horizon: float  # y in pixels where the floor begins; height of the frame when there is no floor
     contact: float  # y in pixels of the line on the floor where objects stand; height when there is no floor
     striped: bool  # soft vertical stripes on the wall, fixed in the world
-    phase: float  # of the stripes, pixels
+    phase: float  # of the stripes and of the texture, pixels
+    texture: str = ""  # of TEXTURES; "" is an even floor, or none
+    level: bool = False  # the stripes are horizontal
 
 
 class Occluder(NamedTuple):
-    """A full-height bar in front of everything."""
+    """A bar in front of everything, of full height unless it stands on a floor."""
 
     left: float
     right: float
     color: str  # of OCCLUDERS
+    top: float = -np.inf  # y in pixels
+    bottom: float = np.inf
+
+
+class Relation(NamedTuple):
+    """How one object stands to others, in every frame of the shot."""
+
+    name: str  # of RELATIONS
+    subject: int  # index of the object that is left of, behind, ... the others
+    others: tuple[int, ...]  # one, or two for "between"
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,10 +162,27 @@ class Shot:
     occluder: Occluder | None = None
     pivot: tuple[float, float] | None = None  # the dot that a lone orbiting object circles
     events: tuple[Event, ...] = ()
+    tilt: Float32[np.ndarray, " T"] | None = None  # how far the camera has moved down, in pixels; None: not at all
+    relation: Relation | None = None
+    order: tuple[int, ...] = ()  # the objects from back to front; () as they are listed
+    gravity: bool = True  # without it objects float, and the edges of the room throw them back
+    light: str = ""  # of LIGHTS; "" is plain daylight
+    same: bool = False  # its first object is that of the shot before: the same shape, colour and size
 
     @property
     def frames(self) -> int:
         return len(self.pan)
+
+    @property
+    def painted(self) -> tuple[WorldObject, ...]:
+        """The objects from back to front."""
+        return tuple(self.objects[number] for number in self.order) if self.order else self.objects
+
+    @property
+    def plain(self) -> bool:
+        """Whether it could be of the first world: nothing in it that came later."""
+        later = self.background.texture or self.light or self.same
+        return self.kind in KINDS and not later
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,13 +256,35 @@ class Mix:
     twins: float = 0.45
     together: float = 0.25
     apart: float = 0.30
+    # The second world, of which the first has nothing. Kinds of shot, weighed against those above
+    trio: float = 0.0
+    relation: float = 0.0
+    depth: float = 0.0
+    passing: float = 0.0
+    meeting: float = 0.0
+    wall: float = 0.0
+    floating: float = 0.0
+    travel: float = 0.0
+    # and shares, in [0, 1]: of shots with a light, of floors with a texture, of cuts over which a character stays
+    lit: float = 0.0
+    textured: float = 0.0
+    same: float = 0.0
 
     def __post_init__(self) -> None:
         for name, weight in vars(self).items():
             if not 0 <= weight < float("inf"):
                 raise UserError(f"the world's mix has weights >= 0: {name} cannot be {weight}")
+            if name in SHARES and weight > 1:
+                raise UserError(f"the world's mix has {name} as a share in [0, 1]: it cannot be {weight}")
+
+    @property
+    def identity(self) -> dict[str, float]:
+        """What names the mix in a cache: of the second world only what it has, so that older caches keep their name."""
+        later = (*MORE_KINDS, *SHARES)
+        return {name: weight for name, weight in vars(self).items() if weight or name not in later}
 
 
+SHARES = ("lit", "textured", "same")
 HELDOUT_SHARE = 10  # one combination in ten
 _SALT = "world-1"
 

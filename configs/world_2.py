@@ -1,0 +1,58 @@
+"""The second world at 96x96: relations, depth, meetings, walls, no gravity, cameras, lights and textured floors.
+
+Source: as configs/world.py, on more of the procedural world (docs/world.md, "The second world"). No model has been
+trained on it yet: this names the mix, and is where such a run begins.
+
+    sora-jax data preview world --config world_2 --sheet world-2.png
+    sora-jax train --config world_2 --workdir runs/world_2 --config.data.autoencoder=AUTOENCODER
+
+A clip of 17 frames is 180 tokens at 96x96 and 270 at 96x144; captions go up to 96 bytes, dense ones up to 220. What is
+not said here is as in configs/world.py.
+"""
+
+import ml_collections
+
+BASE = "world"
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+
+    config.data = {
+        "height": 96,
+        "width": 96,
+        "sizes": ((96, 96), (96, 144), (144, 96)),
+        "row_tokens": 270,
+        "row_text": 288,
+        "mix": {
+            # what the first world has
+            "single": 0.22,
+            "pair": 0.14,
+            "collision": 0.03,
+            "occluder": 0.02,
+            "pan": 0.02,
+            # and what it has not
+            "trio": 0.08,
+            "relation": 0.12,
+            "depth": 0.08,
+            "passing": 0.07,
+            "meeting": 0.07,
+            "wall": 0.05,
+            "floating": 0.06,
+            "travel": 0.04,
+            "lit": 0.3,
+            "textured": 0.35,
+            "same": 0.7,
+        },
+    }
+    config.sample = {
+        "height": 96,
+        "width": 96,
+        "prompts": (
+            "a red ball to the left of a blue square",
+            "a small green star passes to the right behind a large yellow square",
+            "a purple ball floats up and to the right without gravity",
+            "three small cyan balls bounce on a checkered gray floor in warm light",
+        ),
+    }
+    return config
