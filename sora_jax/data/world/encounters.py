@@ -78,7 +78,7 @@ def place_meeting(rng: np.random.Generator, stage: Stage, plan: Plan) -> Places 
         share = rng.uniform(0.35, 0.65)
         speeds = [share * closing / hit, -(1 - share) * closing / hit]
     else:
-        other = start + gap + rng.uniform(8, 12) * stage.unit
+        other = start + gap + rng.uniform(0.125, 0.19) * stage.width
         slow = rng.uniform(0.25, 0.4) * (other - start - gap) / hit
         speeds = [slow + (other - start - gap) / hit, slow]
     if min(abs(speed) for speed in speeds) * hit < 2.5 * stage.unit:
