@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "sora_jax"
 # A room may import rooms of lower layers and itself; rooms of one layer do not see each other.
 LAYERS = [
     {"errors", "pytrees"},
-    {"shapes", "record", "runtime", "vocabulary", "compile_cache"},
+    {"shapes", "record", "runtime", "vocabulary", "compile_cache", "config_values"},
     {"sharding", "media", "cluster"},
     {"tokens", "diffusion"},
     {"models"},

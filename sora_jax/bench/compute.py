@@ -13,18 +13,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from sora_jax.bench.flops import program_flops
 from sora_jax.bench.programs import Program, TrainingProgram
 from sora_jax.config import Config
-from sora_jax.diffusion.levels import Levels
+from sora_jax.diffusion.levels import Levels, draw_levels
 from sora_jax.models.autoencoder import Autoencoder
 from sora_jax.models.structure import structure_of
 from sora_jax.training.adapters import complete, networks
 from sora_jax.training.autoencoder_step import MODULE
-from sora_jax.training.diffusion_step import DiffusionModules, diffusion_loss, read_text
+from sora_jax.training.diffusion_step import DiffusionModules, diffusion_loss, index_of, read_text
 from sora_jax.training.metrics import peak_flops
 
 SHARES = (40, 50, 60)  # % of the peak
@@ -71,10 +70,8 @@ def training_flops(config: Config, program: TrainingProgram, platform: str) -> t
     def loss(params: Any, kept: Any, rows: Any, levels: Levels) -> jax.Array:
         return diffusion_loss(modules, complete(kept, params), rows, levels, rows.tokens, dtype)
 
-    groups = program.rows.group_segment.shape
-    # of shapes, as everything here: `Levels` names arrays
-    levels = Levels._make(jax.ShapeDtypeStruct(groups, dtype) for dtype in (jnp.float32, jnp.bool_, jnp.int32))
     state, kept, rows = program.state, program.kept, program.rows
+    levels = jax.eval_shape(lambda rows: draw_levels(jax.random.key(0), config.levels, index_of(rows)), rows)
     # The model's are those of one device: what a mesh pads, tokens or heads that it does not divide, is not the model.
     of_text = program_flops(text, state.params, kept, rows, platform=platform)
     of_loss = program_flops(loss, state.params, kept, rows, levels, platform=platform)
