@@ -165,10 +165,10 @@ def loader_sizes(config: Config, stride: Stride) -> str:
 
 def world_render(model: str, mix: Mix | None = None) -> float:
     """One clip of the world at 64x64, 17 frames, on one core: the scene, its truth, its pixels and its captions."""
-    from sora_jax.data.world import WorldSource
+    from sora_jax.data.world import Mix, WorldSource
 
     del model
-    source, size = WorldSource(seed=0, n=100_000, **({"mix": mix} if mix else {})), 64
+    source, size = WorldSource(seed=0, n=100_000, mix=mix or Mix()), 64
     starts = iter(range(0, 100_000 - size, size))
 
     def batch() -> None:

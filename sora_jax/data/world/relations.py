@@ -143,7 +143,7 @@ def place_trio(rng: np.random.Generator, stage: Stage, plan: Plan) -> Places | N
             gaps = [np.hypot(*(offsets[a] - offsets[b])) - reach[a] - reach[b] for a, b in ((0, 1), (0, 2), (1, 2))]
             if min(gaps) > 2.5 * stage.unit:
                 paths = together(rng, stage, plan.specs, radii, offsets, plan.specs[0].direction)
-                return paths and Places(paths)
+                return None if paths is None else Places(paths)
         return None
     # a lane for each, so that they cannot meet
     lane = stage.width / 3
@@ -180,7 +180,7 @@ def place_relation(rng: np.random.Generator, stage: Stage, plan: Plan) -> Places
         offsets[1, 1 - axis] = rng.uniform(-0.3, 0.3) * distance
         others = (1,)
     paths = together(rng, stage, plan.specs, radii, offsets, plan.specs[0].direction)
-    return paths and Places(paths, Relation(plan.relation, 0, others))
+    return None if paths is None else Places(paths, Relation(plan.relation, 0, others))
 
 
 def place_depth(rng: np.random.Generator, stage: Stage, plan: Plan) -> Places | None:
@@ -198,7 +198,7 @@ def place_depth(rng: np.random.Generator, stage: Stage, plan: Plan) -> Places | 
             offsets = np.zeros((2, 2))
             offsets[front] = offset
             paths = together(rng, stage, plan.specs, radii, offsets, plan.specs[0].direction)
-            return paths and Places(paths, Relation(plan.relation, 0, (1,)), (back, front))
+            return None if paths is None else Places(paths, Relation(plan.relation, 0, (1,)), (back, front))
     return None
 
 

@@ -253,7 +253,7 @@ def _places(rng: np.random.Generator, stage: Stage, plan: Plan, ground: Backgrou
             return Places([_path(rng, stage, first, radius)])
         case "pair":
             pair = _pair(rng, stage, plan)
-            return pair and Places(pair)
+            return None if pair is None else Places(pair)
         case "collision":
             return Places(_collision(rng, stage, plan))
         case "occluder":
