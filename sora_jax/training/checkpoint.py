@@ -18,7 +18,6 @@ import errno
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -33,6 +32,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from sora_jax.errors import NoRoomError, UserError
+from sora_jax.training.array_names import by_name, bytes_of, check_arrays, from_names
 from sora_jax.training.files import COMMITTED, is_url, no_room
 
 MANIFEST = "sha256.json"
@@ -126,8 +126,8 @@ class Checkpoints:
         """
         self.wait()
         self._saving = step
-        arrays = _by_name(state)
-        self._check_room(sum(map(_bytes, arrays.values())))
+        arrays = by_name(state)
+        self._check_room(sum(map(bytes_of, arrays.values())))
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays, save_args=dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=CHUNK))),
             notes=ocp.args.JsonSave(dict(notes)),
@@ -257,21 +257,21 @@ class Checkpoints:
             return None
         if damaged and not self._read_only:
             self._set_aside(damaged)
-        wanted = _by_name(like, part)
+        wanted = by_name(like, part)
         saved = {name: meta for name, meta in self._saved(step).items() if not part or name.startswith(part + ".")}
         lacking = [name for name in wanted if name not in saved and name.partition(".")[0] in since]
         added = {name: wanted[name] for name in lacking}
         wanted = {name: leaf for name, leaf in wanted.items() if name not in added}
-        _check_arrays(step, wanted, saved)
+        check_arrays(step, wanted, saved)
         arguments = jax.tree.map(
             lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype, strict=True), wanted
         )
-        largest = max((_bytes(leaf) for leaf in wanted.values()), default=0)
+        largest = max((bytes_of(leaf) for leaf in wanted.values()), default=0)
         handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=(largest + READ_AHEAD) / 10**9)
         asked = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=bool(part))
         arrays = self._read(step, "state", handler, asked)
         zeros = {name: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding) for name, leaf in added.items()}
-        return Restored(step, _from_names(arrays | zeros, like, part), self.notes(step))
+        return Restored(step, from_names(arrays | zeros, like, part), self.notes(step))
 
     def _set_aside(self, damaged: Collection[int]) -> None:
         """Make way for new checkpoints of the steps that are damaged: 3 becomes 3.damaged, which nobody reads."""
@@ -346,59 +346,3 @@ def _hashes(folder: epath.Path, names: Collection[str]) -> dict[str, str]:
 
     with ThreadPoolExecutor(max_workers=8) as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))
-
-
-# ------------------------------------------------------------------------------------------------------ trees <-> names
-
-
-def _by_name(tree: Any, part: str = "") -> dict[str, Any]:
-    """Arrays (or their shapes) by dotted name; random keys as the uint32 words they are made of."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_name(path, part): _words(leaf) for path, leaf in flat}
-
-
-def _from_names(arrays: Mapping[str, Any], like: Any, part: str) -> Any:
-    def take(path: tuple[Any, ...], leaf: Any) -> Any:
-        array = arrays[_name(path, part)]
-        return jax.random.wrap_key_data(array, impl=_key_impl(leaf)) if _is_key(leaf) else array
-
-    return jax.tree_util.tree_map_with_path(take, like)
-
-
-def _name(path: tuple[Any, ...], part: str) -> str:
-    name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-    return f"{part}.{name}" if part else name
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _key_impl(leaf: Any) -> Any:
-    """The implementation of a random key that may be a shape only."""
-    found: list[Any] = []
-    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), leaf)
-    return found[0]
-
-
-def _words(leaf: Any) -> Any:
-    if isinstance(leaf, jax.Array):
-        return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-    words = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-    return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=leaf.sharding)
-
-
-def _bytes(array: Any) -> int:
-    return int(math.prod(array.shape)) * np.dtype(array.dtype).itemsize
-
-
-def _check_arrays(step: int, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    for name in sorted(wanted.keys() | saved.keys()):
-        if name not in saved:
-            raise UserError(f"checkpoint {step} lacks the array {name}: it was made by another config or version")
-        if name not in wanted:
-            raise UserError(f"checkpoint {step} has the array {name}, which this config does not make")
-        for what in ("shape", "dtype"):
-            there, here = getattr(saved[name], what), getattr(wanted[name], what)
-            if (tuple(there) != tuple(here)) if what == "shape" else (np.dtype(there) != np.dtype(here)):
-                raise UserError(f"checkpoint {step}: {name} has {what} {there}, and this config makes {here}")
