@@ -21,6 +21,7 @@ def by_name(tree: Any, part: str = "") -> dict[str, Any]:
 
 def from_names(arrays: Mapping[str, Any], like: Any, part: str = "") -> Any:
     """A tree like `like` of the arrays that `by_name` names so; words become random keys again."""
+
     def take(path: tuple[Any, ...], leaf: Any) -> Any:
         array = arrays[_name(path, part)]
         return jax.random.wrap_key_data(array, impl=_key_impl(leaf)) if _is_key(leaf) else array
@@ -57,8 +58,8 @@ def bytes_of(array: Any) -> int:
 
 
 def check_arrays(step: int, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raises `UserError`, naming the array, unless the arrays that are `saved` at `step` are those `wanted`, in shape and
-    dtype."""
+    """Raises `UserError`, naming the array, unless what is `saved` at `step` is what is `wanted`, in names, shapes and
+    dtypes."""
     for name in sorted(wanted.keys() | saved.keys()):
         if name not in saved:
             raise UserError(f"checkpoint {step} lacks the array {name}: it was made by another config or version")

@@ -143,7 +143,7 @@ class Checkpoints:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise self._no_room(
-                f"{os.strerror(errno.ENOSPC)}, it takes {needed / 1e6:,.1f} MB of {free / 1e6:,.1f} free"
+                f"{os.strerror(errno.ENOSPC)}, it takes {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} are left"
             )
 
     def _no_room(self, reason: str) -> NoRoomError:
