@@ -62,7 +62,7 @@ def scalar_tags(folder: Path) -> set[str]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.runs
 def test_every_skill_is_learned_by_a_run_with_all_of_them(home: Path, tmp_path: Path):
     changes = [f"levels.modes.{mode}=1" for mode in MODES]
     changes += [

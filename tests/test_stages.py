@@ -261,7 +261,7 @@ def test_latents_are_scaled_by_what_the_run_of_their_autoencoder_measured(autoen
     np.testing.assert_allclose(latents.std(axis=(0, 1, 2, 3)), 1.0, atol=0.25)
 
 
-@pytest.mark.slow
+@pytest.mark.runs
 def test_a_decoder_can_learn_on_without_moving_the_latents(
     autoencoder_run: Path, autoencoder_config: Config, diffusion_config: Config, tmp_path: Path
 ):

@@ -259,6 +259,7 @@ def shrunk(name: str, model: Path) -> Config:
     return load_config(name, [*SHRUNK.split(), *of_text, f"transformer.text_dim={text.d_model}"])
 
 
+@pytest.mark.runs
 def test_the_stages_for_footage_go_on_from_one_another(tiny_model: Path, tmp_path: Path, monkeypatch):
     """Each config finds the run before it where that one's command puts it; only the open model's name is changed."""
     monkeypatch.chdir(tmp_path)
