@@ -28,7 +28,7 @@ def run(
         [*command, *more], check=False, env=tiny_run.environment(home), capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr
-    assert "[1]" not in done.stderr, "the first process speaks for all"
+    assert said_by_the_second(done) == [], "the first process speaks for all"
     return [line["loss"] for line in tiny_run.lines(workdir)]
 
 
@@ -57,6 +57,11 @@ def test_eight_devices_in_one_two_and_four_processes(home: Path, tmp_path: Path)
     for processes, devices, steps in ((4, 2, 8), (2, 4, 16), (1, 8, 24)):
         found = run(home, moving, processes, devices, *mesh, steps=steps)
         np.testing.assert_allclose(found, expected[:steps], rtol=1e-5)
+
+
+def said_by_the_second(done: subprocess.CompletedProcess) -> list[str]:
+    """Its lines on stderr, but for those of Gloo, which CPUs talk through."""
+    return [line for line in done.stderr.splitlines() if "[1]" in line and "[Gloo]" not in line]
 
 
 def sample(
@@ -92,7 +97,7 @@ def test_two_processes_make_the_videos_that_one_makes(tiny_model: Path, tmp_path
         jobs.write_text("".join(json.dumps(row) + "\n" for row in rows))
         done = sample(tiny_model, processes, 2, "--prompts", str(jobs), *how, *more)
         assert done.stdout.splitlines() == [row["out"] for row in rows], "nothing else, of libraries neither"
-        assert "[1]" not in done.stderr, "the first process speaks for all"
+        assert said_by_the_second(done) == [], "the first process speaks for all"
         made[name] = [np.load(row["out"]).astype(np.int16) for row in rows]
     for one, two in zip(made["one"], made["two"], strict=True):
         assert one.shape == (5, 16, 16, 3)
