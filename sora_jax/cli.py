@@ -258,7 +258,7 @@ def _stdout_for_results() -> Iterator[None]:
         yield
         return
     sys.stdout.flush()
-    results = open(os.dup(stdout), "w", encoding=sys.stdout.encoding)  # noqa: SIM115
+    results = open(os.dup(stdout), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
     os.dup2(stderr, stdout)
     try:
         with contextlib.redirect_stdout(results):

@@ -11,29 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_accumulation import NETWORK, TEXT
 
 from sora_jax.diffusion.levels import MODES, Levels, LevelsConfig, ModeWeights, draw_levels
 from sora_jax.models.structure import shapes_of, structure_of
-from sora_jax.models.text_encoder import TextEncoder, TextEncoderConfig
-from sora_jax.models.transformer import Transformer, TransformerConfig
-from sora_jax.shapes import Stride
+from sora_jax.models.text_encoder import TextEncoder
+from sora_jax.models.transformer import Transformer
 from sora_jax.tokens.packing import Clip, PackedRows, ShotSize, fill_rows
 from sora_jax.training.diffusion_step import DiffusionModules, TokenErrors, diffusion_errors, given_tokens, index_of
 from sora_jax.training.diffusion_validation import make_diffusion_validation
 from sora_jax.training.stage import mean_over
-
-NETWORK = TransformerConfig(
-    n_layers=1,
-    n_heads=2,
-    head_dim=8,
-    ffn_dim=16,
-    in_channels=2,
-    out_channels=2,
-    patch=Stride(1, 1, 1),
-    text_dim=8,
-    frequency_dim=8,
-)
-TEXT = TextEncoderConfig(vocab_size=384, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
 
 
 def clip(seed: int, frames: int, size: tuple[int, int], shots: tuple[int, ...] = (), headless: bool = False) -> Clip:
