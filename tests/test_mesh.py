@@ -16,6 +16,8 @@ import test_accumulation
 from flax import nnx
 
 from sora_jax import sharding
+from sora_jax.bench.compute import count_collectives
+from sora_jax.bench.programs import placed_shapes
 from sora_jax.config import load_config
 from sora_jax.diffusion.levels import LevelsConfig, draw_levels
 from sora_jax.errors import UserError
@@ -189,6 +191,23 @@ def test_no_video_of_a_row_sees_another(axes: dict[str, int], heads: int, rows, 
     others = (rows.segment_ids > 0) & ~second
     np.testing.assert_array_equal(after[others], before[others])
     assert (after[second] != before[second]).any(axis=-1).all()
+
+
+def test_a_text_encoder_whose_weights_are_cut_fetches_them_and_sums_no_activations():
+    """Rows of text outweigh the weights: summed over devices at each block, they were most of a large step's traffic."""
+    config = TextEncoderConfig(vocab_size=384, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4)
+    make = functools.partial(TextEncoder, config)
+    mesh = sharding.make_mesh({"fsdp": 8})
+    structure, shapes = structure_of(lambda rngs: make(rngs=rngs)), shapes_of(lambda rngs: make(rngs=rngs))
+    params = placed_shapes(shapes, mesh, jnp.dtype(jnp.float32))
+    ids = jax.ShapeDtypeStruct((16, 256), jnp.int32, sharding=sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        encode = jax.jit(lambda params, ids: nnx.merge(structure, params)(ids, ids))
+        moved = count_collectives(encode.lower(params, ids).compile(QUICK).as_text())
+    weights = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    activations = 4 * 16 * 256 * config.d_model  # of one block, over all devices
+    assert weights / 2 < moved["all-gather"]["bytes"] < 1.5 * weights < activations
+    assert moved.get("all-reduce", {"bytes": 0})["bytes"] < activations / 100
 
 
 @pytest.mark.pods

@@ -14,7 +14,7 @@ import pytest
 from sora_jax import cli
 from sora_jax.bench.compute import autoencoder_flops, compute, count_collectives, link_bytes
 from sora_jax.bench.memo import remembered
-from sora_jax.bench.plan import plan_sampling, plan_training, with_size
+from sora_jax.bench.plan import over_budget, plan_sampling, plan_training, with_size
 from sora_jax.bench.programs import autoencoder_program
 from sora_jax.bench.reckon import Reckoned, meshes, reckon_training
 from sora_jax.bench.rows import loader_sizes
@@ -136,6 +136,26 @@ def test_the_compiler_agrees_on_the_devices_at_hand(tmp_path, monkeypatch):
     assert dataclasses.replace(again, compiled_on=None) == made  # the seconds are those of the real compilation
     other = plan_training(override(from_dict(TINY), ["optimizer.clip_norm=2"]), target, {"data": 2, "fsdp": 4})
     assert other.compiled_on is None
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("Ran out of memory in memory space hbm. Used 35.06G of 31.25G hbm. Exceeded hbm capacity by 3.81G.", 35.06),
+        (
+            "Ran out of memory on HBM, the total memory required for HLO temporaries (40.61G) exceeds available HBM "
+            "(31.25G).",
+            40.61,
+        ),
+    ],
+)
+def test_what_the_compiler_would_have_needed_is_in_its_refusal(message: str, expected: float):
+    assert over_budget(f"RESOURCE_EXHAUSTED: {message}") == pytest.approx(expected * 2**30)
+
+
+def test_another_refusal_is_one_line():
+    with pytest.raises(UserError, match="the compiler refuses the program: INTERNAL: no such kernel"):
+        over_budget("INTERNAL: no such kernel\nstack")
 
 
 def test_an_answer_is_found_once(tmp_path, monkeypatch):

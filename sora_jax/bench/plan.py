@@ -251,6 +251,7 @@ def _advice(config: Config, mesh: Mesh, parts: Mapping[str, int], program: str) 
         advice.append("split the tokens: --mesh sequence=N")
         if config.train.batch_size > mesh.shape["data"] * mesh.shape["fsdp"] and program != "sampler step":
             advice.append("fewer rows a device: --batch-size")
+            advice.append("fewer rows at once: --config.train.accumulate=N takes them in N passes")
     else:
         advice.append("split the parameters over more devices: --mesh fsdp=N")
     if "text encoder" in parts:
@@ -350,7 +351,7 @@ def _ask_compiler(program: Program, target: Target, again: bool) -> tuple[dict[s
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            return {"refused": True, "peak": _over_budget(str(error)), "arguments": None}
+            return {"refused": True, "peak": over_budget(str(error)), "arguments": None}
         found = compiled.memory_analysis()
         return {
             "refused": False,
@@ -367,9 +368,14 @@ def _ask_compiler(program: Program, target: Target, again: bool) -> tuple[dict[s
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def _over_budget(message: str) -> int:
-    """The bytes that a program would have needed, out of the compiler's refusal. Raises it when it is about more."""
+def over_budget(message: str) -> int:
+    """The bytes that a program would have needed, at least, out of the compiler's refusal `message`.
+
+    Raises `UserError` where the compiler refuses for another reason.
+    """
     found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? (?:hbm|HBM)", message)
+    # where one kind of buffer is too much already: "required for HLO temporaries (40.61G) exceeds available HBM"
+    found = found or re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available (?:hbm|HBM)", message)
     if "RESOURCE_EXHAUSTED" not in message or found is None:
         raise UserError(f"the compiler refuses the program: {message.splitlines()[0]}")
     return int(float(found[1]) * _UNITS[found[2]])
