@@ -388,24 +388,3 @@ def _read_folder(folder: Any) -> Media:
     beside = folder / "record.json"
     record = Record.from_json(beside.read_text()) if beside.exists() else None
     return Media(np.stack(frames), record.fps if record else None, record)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sheets
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def contact_sheet(
-    frames: UInt8[np.ndarray, "T H W 3"], columns: int | None = None, *, gap: int = 2, background: int = 255
-) -> UInt8[np.ndarray, "height width 3"]:
-    """The frames side by side, row by row, `gap` pixels apart; `columns` defaults to all in one row."""
-    count, height, width, _ = frames.shape
-    columns = count if columns is None else min(columns, count)
-    if columns < 1:
-        raise UserError(f"a contact sheet needs at least one column, not {columns}")
-    rows = -(-count // columns)
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), background, np.uint8)
-    for index, frame in enumerate(frames):
-        y, x = (index // columns) * (height + gap), (index % columns) * (width + gap)
-        sheet[y : y + height, x : x + width] = frame
-    return sheet

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_preview import holds
 
 from sora_jax import cli, commands
 from sora_jax.commands import jobs as asked
@@ -122,6 +123,8 @@ def test_overrides_are_taken_in_both_spellings():
         (["sample", "a", "b", "--out", "a.mp4"], "--out a.mp4 is one file for 2 videos"),
         (["sample", "a", "a"], "two videos would be written to a-0.mp4"),
         (["sample", PROMPT, "--out", "/proc/none/a.mp4"], "/proc/none/a.mp4 cannot be written"),
+        (["sample", PROMPT, "--sheet", "a.jpg"], "--sheet writes a picture: a .png, not a.jpg"),
+        (["sample", PROMPT, "--sheet", "/proc/none/a.png"], "/proc/none/a.png cannot be written"),
         (["sample", PROMPT, "--batch-size", "0"], "--batch-size must be a whole number >= 1"),
         (["sample", PROMPT, "--scale", "0"], "--scale must be a whole number >= 1"),
         (["sample", PROMPT, "--dtype", "float23"], 'unknown dtype "float23"; did you mean "float32"?'),
@@ -211,6 +214,20 @@ def test_sample_writes_what_was_asked_for(here, capsys, tiny_model):
     assert media.record is not None
     assert (media.record.prompt, media.record.seed, media.record.model) == (PROMPT, 3, "tiny-1")
     assert (media.record.frames, media.record.height, media.record.steps) == (9, 16, 2)
+
+
+def test_a_sheet_shows_every_video(here, capsys, tiny_model):
+    flags = ("--model", tiny_model, "--out", "made/", "--sheet", "sheet.png", "--json")
+    (here / "prompts.jsonl").write_text("".join(f'{{"prompt": "{x}", "out": "{x}.npy"}}\n' for x in ("one", "two")))
+    code, out, _ = run(capsys, "sample", "--prompts", "prompts.jsonl", *flags)
+    assert code == 0
+    assert json.loads(out)["sheet"] == "sheet.png"
+    sheet = read_media(here / "sheet.png")
+    for name in ("one", "two"):
+        for frame in np.load(here / "made" / f"{name}.npy"):
+            assert holds(sheet.frames[0], frame.repeat(8, 0).repeat(8, 1)), "enlarged from 16 pixels towards 120"
+    assert sheet.record is not None
+    assert (sheet.record.prompt, sheet.record.model) == ("one\ntwo", "tiny-1")
 
 
 def test_json_is_the_only_thing_on_stdout(here, capsys, tiny_model):

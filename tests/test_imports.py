@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "sora_jax"
 LAYERS = [
     {"errors", "pytrees"},
     {"shapes", "record", "runtime", "vocabulary", "compile_cache", "config_values"},
-    {"sharding", "media", "cluster"},
+    {"sharding", "media", "sheet", "cluster"},
     {"tokens", "diffusion"},
     {"models"},
     {"canvas", "weights", "data"},

@@ -11,7 +11,7 @@ import pytest
 
 from sora_jax import media
 from sora_jax.errors import UserError
-from sora_jax.media import check_writable, contact_sheet, media_bytes, read_media, write_media
+from sora_jax.media import check_writable, media_bytes, read_media, write_media
 from sora_jax.record import GENERATED, Record
 
 RECORD = Record(
@@ -272,17 +272,3 @@ def test_unreadable_files_are_one_line(broken, name, message):
     assert message in text
     assert name in text
     assert "\n" not in text
-
-
-# Sheets
-
-
-def test_contact_sheet_lays_frames_in_rows():
-    frames = np.stack([np.full((4, 6, 3), value, np.uint8) for value in (10, 20, 30)])
-    sheet = contact_sheet(frames, columns=2, gap=1, background=0)
-    assert sheet.shape == (9, 13, 3)
-    assert (sheet[:4, :6] == 10).all()
-    assert (sheet[:4, 7:] == 20).all()
-    assert (sheet[5:, :6] == 30).all()
-    assert (sheet[5:, 7:] == 0).all()
-    assert (sheet[4] == 0).all()

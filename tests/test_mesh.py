@@ -194,7 +194,7 @@ def test_no_video_of_a_row_sees_another(axes: dict[str, int], heads: int, rows, 
 
 
 def test_a_text_encoder_whose_weights_are_cut_fetches_them_and_sums_no_activations():
-    """Rows of text outweigh the weights: summed over devices at each block, they were most of a large step's traffic."""
+    """Rows of text outweigh weights: summed over devices at each block, they were most of a large step's traffic."""
     config = TextEncoderConfig(vocab_size=384, d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4)
     make = functools.partial(TextEncoder, config)
     mesh = sharding.make_mesh({"fsdp": 8})

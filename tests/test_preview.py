@@ -9,8 +9,8 @@ import pytest
 
 from sora_jax import cli
 from sora_jax.data import world
-from sora_jax.data.world.sheet import Strip, chosen, contact_sheet
 from sora_jax.media import read_media
+from sora_jax.sheet import Strip, chosen, contact_sheet
 
 
 def test_a_sheet_shows_the_clips_of_the_config(tmp_path: Path, capsys):
@@ -24,10 +24,10 @@ def test_a_sheet_shows_the_clips_of_the_config(tmp_path: Path, capsys):
     clips = world.render(world.sample_scenes(5, 2, height=48, width=64, mix=mix))
     for clip in clips:
         for t in (0, 5, 11, 16):
-            assert _found(picture, clip[t].repeat(2, 0).repeat(2, 1))
+            assert holds(picture, clip[t].repeat(2, 0).repeat(2, 1))
 
 
-def _found(picture: np.ndarray, part: np.ndarray) -> bool:
+def holds(picture: np.ndarray, part: np.ndarray) -> bool:
     """Whether a picture holds another one, pixel by pixel."""
     height, width = part.shape[:2]
     first = (picture[: 1 - height, : 1 - width] == part[0, 0]).all(-1)

@@ -90,7 +90,9 @@ def preview(args: argparse.Namespace) -> dict[str, Any]:
         )
     if not args.sheet or not args.sheet.endswith(".png"):
         raise UserError(f"preview needs --sheet OUT.png, not {args.sheet or 'nothing'}")
-    n, columns = 8 if args.n is None else args.n, 9 if args.columns is None else args.columns
+    from sora_jax.sheet import COLUMNS, Strip, contact_sheet
+
+    n, columns = 8 if args.n is None else args.n, COLUMNS if args.columns is None else args.columns
     for name, value in (("n", n), ("columns", columns)):
         if not 1 <= value <= MOST:
             raise UserError(f"--{name} must be in 1 to {MOST}, not {value}")
@@ -98,7 +100,6 @@ def preview(args: argparse.Namespace) -> dict[str, Any]:
 
     from sora_jax import config as configs
     from sora_jax.data.world import WorldSource
-    from sora_jax.data.world.sheet import Strip, contact_sheet
     from sora_jax.media import check_writable, write_media
     from sora_jax.record import ALGORITHMIC, Record
 

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from sora_jax.pipeline import Progress
     from sora_jax.record import Record
+    from sora_jax.sheet import Strip
     from sora_jax.video import Video
 
 HELP = "make videos from prompts"
@@ -31,6 +32,7 @@ EXAMPLES = """
     sora-jax sample "a red ball falls" "a blue ball rests" --out videos/
     sora-jax sample "the ball rolls away" --image first.png
     sora-jax sample --prompts prompts.txt --out videos/ --json
+    sora-jax sample "a star orbits" --num-videos 6 --out stars/ --sheet stars.png
     sora-jax sample --like ball.mp4 --seed 8
     sora-jax sample --prompts prompts.txt --out videos/ --batch-size 4 --mesh data=4,sequence=2
 """
@@ -88,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="file (.mp4 .mov .webm .gif .png .npy), a folder for the frames, or FOLDER/ to put SLUG-SEED.mp4 in",
     )
+    files.add_argument("--sheet", metavar="FILE", help="also one picture (.png) with frames of all videos, captioned")
     files.add_argument("--fps", type=float, metavar="N", help="frames a second in the file (the model's own)")
     files.add_argument("--scale", type=int, default=1, metavar="N", help="enlarge each pixel to NxN in the file")
     files.add_argument("--force", action="store_true", help="overwrite files")
@@ -101,6 +104,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     writes = is_chief()  # of several processes all make every video, and the first writes and speaks
     for job in jobs if writes else ():
         _check_out(job.out, settings.get("frames"), args.force)
+    if args.sheet and writes:
+        if not args.sheet.endswith(".png"):
+            raise UserError(f"--sheet writes a picture: a .png, not {args.sheet}")
+        _check_out(args.sheet, 1, args.force)
     if args.scale < 1:
         raise UserError(f"--scale must be a whole number >= 1, not {args.scale}")
     if args.batch_size < 1:
@@ -127,6 +134,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for job in jobs if writes else ():
         _check_out(job.out, extent.frames, args.force)
     made = []
+    strips: list[Strip] = []
     for batch in batches(jobs, args.batch_size):
         with _progress(batch[0].prompt[:40]) as progress:
             clock = Clock(progress)
@@ -146,14 +154,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             made.append(_describe(video, job, args.fps))
             if writes:
                 _write(video, job.out, args)
+                strips += [_strip(video)] if args.sheet else []
                 _report(made[-1], args.json)
         seconds["compile and sample"] += clock.sampled
         seconds["decode"] += clock.decoded
         seconds["write"] += time.perf_counter() - writing
+    if strips:
+        _write_sheet(strips, made[0]["record"], args)
     seconds["total"] = time.perf_counter() - started
     if writes:
         print(" · ".join(f"{name} {value:.1f} s" for name, value in seconds.items()), file=sys.stderr)
-    return {"model": pipe.name, "videos": made, "seconds": seconds}
+    return {"model": pipe.name, "videos": made, "seconds": seconds} | ({"sheet": args.sheet} if args.sheet else {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,6 +255,25 @@ def _write(video: Video, out: str, args: argparse.Namespace) -> None:
         scale=args.scale,
         overwrite=args.force,
     )
+
+
+def _strip(video: Video) -> Strip:
+    """What a sheet shows of a video: a long one need not stay in memory for it."""
+    from sora_jax.sheet import COLUMNS, Strip, chosen
+
+    assert video.frames is not None
+    return Strip([(video.frames[chosen([len(video.frames)], COLUMNS)[0]], video.record.prompt)])
+
+
+def _write_sheet(strips: Sequence[Strip], first: dict[str, Any], args: argparse.Namespace) -> None:
+    """Its record is the first video's, with the prompts of all."""
+    from sora_jax.media import write_media
+    from sora_jax.record import Record
+    from sora_jax.sheet import contact_sheet
+
+    prompts = dict.fromkeys(caption for strip in strips for _, caption in strip.shots)
+    record = dataclasses.replace(Record.from_json(json.dumps(first)), prompt="\n".join(prompts))
+    write_media(contact_sheet(strips)[None], args.sheet, record, overwrite=args.force)
 
 
 def _describe(video: Video, job: Job, fps: float | None) -> dict[str, Any]:

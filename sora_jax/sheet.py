@@ -15,7 +15,8 @@ _PAPER, _INK, _FAINT = (250, 249, 246), (52, 54, 60), (140, 142, 148)
 _MARGIN, _GAP, _CUT = 28, 4, 14  # pixels: round the sheet, between frames, between shots
 _CELL = 120  # pixels a frame is enlarged towards
 _TEXT, _LINE = 15, 20  # font and line height, pixels
-_STILLS = 6  # clips of one frame that share a row
+COLUMNS = 9  # frames of a clip
+_STILLS = 6  # clips of one frame that share a row, where nothing else is said
 
 
 class Strip(NamedTuple):
@@ -45,8 +46,10 @@ def _wrapped(text: str, width: float, font: FreeTypeFont | ImageFont) -> list[st
     return lines
 
 
-def contact_sheet(strips: Sequence[Strip], *, title: str = "", columns: int = 9) -> UInt8[np.ndarray, "H W 3"]:
-    """Draws clips of one size: a row for each, `columns` frames across, its caption beneath; stills share rows.
+def contact_sheet(
+    strips: Sequence[Strip], *, title: str = "", columns: int = COLUMNS, abreast: int | None = None
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Draws clips of one size: `columns` frames across, a caption beneath, `abreast` clips in a row (1; 6 of stills).
 
     Frames are enlarged by a whole number. Returns uint8 [H, W, 3].
     """
@@ -57,7 +60,7 @@ def contact_sheet(strips: Sequence[Strip], *, title: str = "", columns: int = 9)
     scale = max(1, round(_CELL / min(height, width)))
     cell_y, cell_x = height * scale, width * scale
     stills = all(len(frames) == 1 for strip in strips for frames, _ in strip.shots)
-    abreast = min(_STILLS, len(strips)) if stills else 1
+    abreast = abreast or (_STILLS if stills else 1)
 
     placed: list[tuple[int, int, np.ndarray]] = []
     texts: list[tuple[int, int, str]] = []
