@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 
-from sora_jax.data.world.prompts import ObjectTruth, Truth
 from sora_jax.config import load_config
+from sora_jax.data.world.prompts import ObjectTruth, Truth
 from sora_jax.data.world.questions import (
     MORE_QUESTIONS,
     QUESTIONS,
@@ -143,7 +143,7 @@ def test_what_second_world_captions_say_is_what_their_words_say():
     assert asked == MORE_QUESTIONS
     seen: dict[str, set[str]] = {name: set() for name in asked}
     for text, numbers in captions_with_answers(0, range(500), mix=WORLD_2):
-        told = {name: "" for name in asked} | said(numbers, asked)
+        told = dict.fromkeys(asked, "") | said(numbers, asked)
         for name, answer in told.items():
             seen[name].add(answer)
         assert {name: told[name] for name in read(text)} == read(text), text

@@ -132,7 +132,8 @@ def captions_with_answers(
 ) -> list[tuple[str, Int32[np.ndarray, " questions"]]]:
     """For each scene a short caption, and with `dense` a long one, each with what it says.
 
-    Where characters stay over cuts (`mix.same`) one scene in five is cut, and the captions are those of its second shot.
+    Where characters stay over cuts (`mix.same`) one scene in five is cut, and its captions are those of its second
+    shot.
     """
     mix = mix or Mix()
     asked, made = questions_of(mix), []
@@ -140,8 +141,8 @@ def captions_with_answers(
         cut = _CUT_SHOTS if mix.same and index % _CUT_EVERY == _CUT_EVERY - 1 else None
         scene = sample_scene(seed, index, split=split, mix=mix, shots=cut)
         shot = scene.shots[-1]
-        for said in _say(scene, shot, dense):
-            made.append((said.text, answers(truth_of(shot, said), asked, same=said.same)))
+        told = _say(scene, shot, dense)
+        made += [(said.text, answers(truth_of(shot, said), asked, same=said.same)) for said in told]
     return made
 
 
