@@ -3,7 +3,8 @@
 A config file defines `get_config()` and returns an `ml_collections.ConfigDict` with (some of) the sections of `Config`;
 what it leaves out keeps its default, or is as in the config that it names in `BASE`; single sections may be as in
 another one, `LIKE = {"data.mix": "world_2"}`. It is found by name (`world`) among the configs that ship with the
-package, or by path. Single values are then set by dotted key, `train.steps=1000`, and take the type of what they replace.
+package, or by path. Single values are then set by dotted key, `train.steps=1000`, and take the type of what they
+replace.
 
     config = load_config("world", ["train.steps=1000", "optimizer.name=adamw"])
 
