@@ -4,7 +4,10 @@ Source: as configs/world.py, on more of the procedural world (docs/world.md, "Th
 trained on it yet: this names the mix, and is where such a run begins.
 
     sora-jax data preview world --config world_2 --sheet world-2.png
-    sora-jax train --config world_2 --workdir runs/world_2 --config.data.autoencoder=AUTOENCODER
+    sora-jax train --config world_2_autoencoder --workdir runs/autoencoder
+    sora-jax train --config world_2_text --workdir runs/text
+    sora-jax train --config world_2 --workdir runs/world_2 --config.train.init=runs/text \
+        --config.data.autoencoder=runs/autoencoder
 
 A clip of 17 frames is 180 tokens at 96x96 and 270 at 96x144; captions go up to 96 bytes, dense ones up to 220. What is
 not said here is as in configs/world.py.

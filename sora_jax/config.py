@@ -1,9 +1,10 @@
 """Configs: Python files that become one frozen tree of dataclasses.
 
 A config file defines `get_config()` and returns an `ml_collections.ConfigDict` with (some of) the sections of `Config`;
-what it leaves out keeps its default, or is as in the config that it names in `BASE`. It is found by name (`world`)
-among the configs that ship with the package, or by path. Single values are then set by dotted key, `train.steps=1000`,
-and take the type of what they replace.
+what it leaves out keeps its default, or is as in the config that it names in `BASE`; single sections may be as in
+another one, `LIKE = {"data.mix": "world_2"}`. It is found by name (`world`) among the configs that ship with the
+package, or by path. Single values are then set by dotted key, `train.steps=1000`, and take the type of what they
+replace.
 
     config = load_config("world", ["train.steps=1000", "optimizer.name=adamw"])
 
@@ -235,12 +236,24 @@ def _read_file(path: epath.Path) -> dict[str, Any]:
         raise UserError(f"config {path} defines no get_config()") from None
     except Exception as error:
         raise UserError(f"config {path} cannot be read: {type(error).__name__}: {error}") from error
-    if "BASE" not in namespace:
-        return values
-    base = _find(namespace["BASE"])
-    if base == path:
-        raise UserError(f"config {path} names itself as its BASE")
-    return _over(_read_file(base), values)
+    base = _read_named(path, "BASE", namespace["BASE"]) if "BASE" in namespace else {}
+    for key, name in namespace.get("LIKE", {}).items():
+        *parents, last = key.split(".")
+        here, there = base, _read_named(path, "LIKE", name)
+        for parent in parents:
+            here, there = here.setdefault(parent, {}), there.get(parent, {})
+        if not isinstance(there.get(last), dict):
+            raise UserError(f"config {path} wants {key} as in {name}, which has no such section")
+        here[last] = there[last]
+    return _over(base, values)
+
+
+def _read_named(path: epath.Path, word: str, name: str) -> dict[str, Any]:
+    """The values of the config that the one at `path` names."""
+    found = _find(name)
+    if found == path:
+        raise UserError(f"config {path} names itself as its {word}")
+    return _read_file(found)
 
 
 def _over(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def diffusion() -> tuple[MakeStep, dict[str, nnx.State], Any]:
 def text() -> tuple[MakeStep, dict[str, nnx.State], Any]:
     make = {
         "text_encoder": lambda rngs: TextEncoder(TEXT, rngs=rngs),
-        "reader": lambda rngs: Reader(TEXT.d_model, counts=(3, 5), rngs=rngs),
+        "reader": lambda rngs: Reader(TEXT.d_model, (3, 5), rngs=rngs),
     }
     rng = np.random.default_rng(2)
     ids = (np.arange(12) < rng.integers(3, 12, (ROWS, 1))).astype(np.int32)

@@ -39,6 +39,30 @@ def test_a_config_may_change_another(tmp_path: Path):
         configs.load_config(str(tmp_path / "mine.py"))
 
 
+def test_a_config_may_have_a_section_of_another(tmp_path: Path):
+    text = "import ml_collections\nBASE = 'world_text'\nLIKE = {!r}\n"
+    text += "def get_config():\n    return ml_collections.ConfigDict({{'data': {{'mix': {{'trio': 0.5}}}}}})\n"
+    (tmp_path / "mine.py").write_text(text.format({"data.mix": "world_2"}))
+    mixed, second = load_config(str(tmp_path / "mine.py")), load_config("world_2")
+    assert difference(
+        second, dataclasses.replace(second, data=dataclasses.replace(second.data, mix=mixed.data.mix))
+    ) == ["data.mix.trio: 0.08 -> 0.5"]
+    assert difference(load_config("world_text"), mixed, free=("data.mix",)) == []
+    (tmp_path / "mine.py").write_text(text.format({"data.mux": "world_2"}))
+    with pytest.raises(UserError, match="wants data.mux as in world_2, which has no such section"):
+        load_config(str(tmp_path / "mine.py"))
+    (tmp_path / "mine.py").write_text(text.format({"data.mix": str(tmp_path / "mine.py")}))
+    with pytest.raises(UserError, match="names itself as its LIKE"):
+        load_config(str(tmp_path / "mine.py"))
+
+
+def test_the_second_world_has_one_mix():
+    mixes = {load_config(name).data.mix for name in ("world_2", "world_2_text", "world_2_autoencoder")}
+    assert len(mixes) == 1
+    assert not mixes.pop().plain
+    assert load_config("world").data.mix.plain
+
+
 def test_shipped_configs_import_nothing_of_the_package():
     for path in configs.shipped_configs().values():
         assert "sora_jax" not in path.read_text().split('"""', 2)[2]

@@ -208,10 +208,10 @@ def answers(name: str, clip: np.ndarray, scene: Scene) -> bool:
     return getattr(judge(clip, truth), name)
 
 
-def rates(case: str, n: int, seed: int = 201, height: int = 64, width: int = 64) -> dict[str, float]:
+def rates(case: str, n: int, seed: int = 201, frames: int = 17, height: int = 64, width: int = 64) -> dict[str, float]:
     """The share of true clips that pass, and of clips corrupted in each way."""
     mix, name, corruptions = CASES[case]
-    scenes = world.sample_scenes(seed, n, split="all", mix=mix, height=height, width=width)
+    scenes = world.sample_scenes(seed, n, split="all", mix=mix, frames=frames, height=height, width=width)
     found = {"true": float(np.mean([answers(name, world.render([scene])[0], scene) for scene in scenes]))}
     for corrupt in corruptions:
         clips = [(corrupt(scene), scene) for scene in scenes]
@@ -227,6 +227,11 @@ def assert_tells_apart(found: dict[str, float]) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_true_clips_pass_and_corrupted_ones_do_not(case: str):
     assert_tells_apart(rates(case, CLIPS))
+
+
+def test_bounces_too_low_to_follow_are_no_breach_of_gravity():
+    """In a long clip they go on until they hit the floor in every frame."""
+    assert_tells_apart(rates("gravity", 8, frames=49))
 
 
 # ---- shots ----

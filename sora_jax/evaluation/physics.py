@@ -20,6 +20,7 @@ from sora_jax.evaluation.motions import floats
 from sora_jax.evaluation.tracking import Track, Tracking
 
 _HIDING = ("occluder", "wall")  # kinds of clip in which one may be hidden for a moment
+_SETTLED = 4.0  # units above the floor: bounces that stay lower hit it every three frames or oftener
 
 
 def match_tracks(seen: Tracking, truth: Truth) -> list[Track | None]:
@@ -64,7 +65,7 @@ class Flight(NamedTuple):
 
 
 def flights(track: Track, unit: float) -> list[Flight]:
-    """Stretches of free flight. Frames in which the object lies still at the end belong to none.
+    """Stretches of free flight. Frames at the end in which the object lies still, or has settled, belong to none.
 
     In flight each step is longer (downwards) than the one before by the acceleration. A hit takes away the speeds
     before and after it, all in all, from the two differences round the step in which it happens.
@@ -77,6 +78,9 @@ def flights(track: Track, unit: float) -> list[Flight]:
         last -= 1
     if last < len(y):
         last -= 1  # the step onto the floor is cut short
+    higher = np.flatnonzero(y < y.max() - _SETTLED * unit)
+    if len(higher) and higher[-1] + 2 < len(y):
+        last = min(last, int(higher[-1]) + 1)
     if last < 4:
         return []
     broken = np.diff(y[:last], n=2) - GRAVITY * unit

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from sora_jax import config as configs
 from sora_jax import sharding
 from sora_jax.config import Config
+from sora_jax.data.world.questions import answer_counts
 from sora_jax.diffusion.levels import LevelsConfig
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -53,7 +54,7 @@ def abstract_modules(config: Config) -> dict[str, nnx.State]:
     elif config.train.stage == "text":
         make = {
             "text_encoder": make["text_encoder"],
-            "reader": lambda rngs: Reader(config.text_encoder.d_model, rngs=rngs),
+            "reader": lambda rngs: Reader(config.text_encoder.d_model, answer_counts(config.data.mix), rngs=rngs),
         }
     shapes = {name: shapes_of(module) for name, module in make.items()}
     return learning(config, shapes)[0] if config.train.stage == "diffusion" else shapes

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from sora_jax import sharding
+from sora_jax.data.world.questions import answer_counts
 from sora_jax.errors import UserError
 from sora_jax.models.structure import parameters_of, structure_of
 from sora_jax.models.text_encoder import TextEncoder
@@ -27,26 +28,28 @@ def text_stage(context: Context) -> Stage:
     config, data = context.config, context.config.data
     if data.source != "world":
         raise UserError(f"only captions of the world come with what they say: data.source is {data.source}, not world")
-    rows = context.local_rows
+    rows, counts = context.local_rows, answer_counts(data.mix)
     modules = TextModules(
         text_encoder=structure_of(lambda rngs: TextEncoder(config.text_encoder, rngs=rngs)),
-        reader=structure_of(lambda rngs: Reader(config.text_encoder.d_model, rngs=rngs)),
+        reader=structure_of(lambda rngs: Reader(config.text_encoder.d_model, counts, rngs=rngs)),
     )
 
     def make_params(key: jax.Array) -> dict[str, Any]:
         keys = jax.random.split(key)
         return {
             "text_encoder": parameters_of(TextEncoder(config.text_encoder, rngs=nnx.Rngs(params=keys[0]))),
-            "reader": parameters_of(Reader(config.text_encoder.d_model, rngs=nnx.Rngs(params=keys[1]))),
+            "reader": parameters_of(Reader(config.text_encoder.d_model, counts, rngs=nnx.Rngs(params=keys[1]))),
         }
 
     def batch(number: int) -> Captions:
         part, parts = context.part
-        return world_captions(data.seed, (number * parts + part) * rows, rows, data.row_text)
+        return world_captions(data.seed, (number * parts + part) * rows, rows, data.row_text, data.mix)
 
     validate = None
     if data.held_out:
-        captions = world_captions(data.seed, 0, config.train.batch_size, data.row_text, split="heldout", dense=False)
+        captions = world_captions(
+            data.seed, 0, config.train.batch_size, data.row_text, data.mix, split="heldout", dense=False
+        )
         placed = [jax.device_put(captions, sharding.batch_sharding(context.mesh))]
 
         @jax.jit
@@ -68,7 +71,7 @@ def text_stage(context: Context) -> Stage:
         make_params=make_params,
         step=step,
         batches=NumberedBatches(batch, {"world": data.seed}),
-        data=[{"world": "train", "seed": data.seed}],
+        data=[{"world": "train", "seed": data.seed, **({} if data.mix.plain else {"mix": data.mix.identity})}],
         describe=f"{config.train.batch_size} captions x {data.row_text} bytes",
         tokens_per_step=config.train.batch_size * data.row_text,
         validate=validate,

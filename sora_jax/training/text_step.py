@@ -20,7 +20,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sora_jax.data.world.questions import ANSWER_COUNTS, captions_with_answers
+from sora_jax.data.world.questions import captions_with_answers
+from sora_jax.data.world.scene import Mix
 from sora_jax.models.layers import Linear
 from sora_jax.models.tokenizer import ByteTokenizer
 from sora_jax.tokens.packing import AnyArray
@@ -37,13 +38,16 @@ class Captions(NamedTuple):
 
 
 def world_captions(
-    seed: int, first: int, rows: int, row_text: int, *, split: str = "train", dense: bool = True
+    seed: int, first: int, rows: int, row_text: int, mix: Mix, *, split: str = "train", dense: bool = True
 ) -> Captions:
-    """Captions of the world from scene `first` on: a short and a dense one of each scene, or short ones alone."""
+    """Captions of the world from scene `first` on: a short and a dense one of each scene, or short ones alone.
+
+    What does not fit into `row_text` tokens is cut off at the end.
+    """
     tokens, ids = (np.zeros((rows, row_text), np.int32) for _ in range(2))
     tokenizer = ByteTokenizer(max_length=row_text)
     scenes = range(first, first + -(-rows // (1 + dense)))
-    made = captions_with_answers(seed, scenes, split=split, dense=dense)[:rows]
+    made = captions_with_answers(seed, scenes, split=split, dense=dense, mix=mix)[:rows]
     for row, (text, _) in enumerate(made):
         encoded = tokenizer.encode(text[: row_text - 1])
         tokens[row, : len(encoded)], ids[row, : len(encoded)] = encoded, 1
@@ -51,9 +55,12 @@ def world_captions(
 
 
 class Reader(nnx.Module):
-    """The mean of encoded tokens -> scores of every answer to every question, side by side."""
+    """The mean of encoded tokens -> scores of every answer to every question, side by side.
 
-    def __init__(self, width: int, *, counts: tuple[int, ...] = ANSWER_COUNTS, rngs: nnx.Rngs):
+    `counts` says how many answers each question has (`data.world.questions.answer_counts`).
+    """
+
+    def __init__(self, width: int, counts: tuple[int, ...], *, rngs: nnx.Rngs):
         self.head = Linear(width, sum(counts), ("embed", None), rngs=rngs)
         self.counts = counts
 

@@ -283,6 +283,11 @@ class Mix:
         later = (*MORE_KINDS, *SHARES)
         return {name: weight for name, weight in vars(self).items() if weight or name not in later}
 
+    @property
+    def plain(self) -> bool:
+        """Whether all of it is of the first world."""
+        return not any(getattr(self, name) for name in (*MORE_KINDS, *SHARES))
+
 
 SHARES = ("lit", "textured", "same")
 HELDOUT_SHARE = 10  # one combination in ten
