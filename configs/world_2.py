@@ -6,11 +6,12 @@ trained on it yet: this names the mix, and is where such a run begins.
     sora-jax data preview world --config world_2 --sheet world-2.png
     sora-jax train --config world_2_autoencoder --workdir runs/autoencoder
     sora-jax train --config world_2_text --workdir runs/text
-    sora-jax train --config world_2 --workdir runs/world_2 --config.train.init=runs/text \
+    sora-jax train --config world_2 --workdir runs/world_2 --config.train.text_init=runs/text \
         --config.data.autoencoder=runs/autoencoder
 
-A clip of 17 frames is 180 tokens at 96x96 and 270 at 96x144; captions go up to 96 bytes, dense ones up to 220. What is
-not said here is as in configs/world.py.
+The transformer goes on from world-1's, whose latents the autoencoder has kept close to, beside a text encoder that has
+read the second world's captions. A clip of 17 frames is 180 tokens at 96x96 and 270 at 96x144, one of two shots of 9
+frames 216 and 324; captions go up to 96 bytes, dense ones up to 220. What is not said here is as in configs/world.py.
 """
 
 import ml_collections
@@ -25,8 +26,14 @@ def get_config() -> ml_collections.ConfigDict:
         "height": 96,
         "width": 96,
         "sizes": ((96, 96), (96, 144), (144, 96)),
-        "row_tokens": 270,
-        "row_text": 288,
+        "shots": ((17,), (17,), (9, 9)),
+        "image_share": 0.1,
+        "prefix_share": 0.05,
+        "window_share": 0.04,
+        "shot_dropout": 0.1,
+        "row_tokens": 324,
+        "row_text": 320,
+        "groups": 9,
         "mix": {
             # what the first world has
             "single": 0.22,
@@ -48,6 +55,23 @@ def get_config() -> ml_collections.ConfigDict:
             "same": 0.7,
         },
     }
+    # Every skill that the canvases call on, text to video first.
+    config.levels = {
+        "modes": {
+            "uniform": 0.6,
+            "per_frame": 0.03,
+            "first": 0.12,
+            "last": 0.03,
+            "both": 0.04,
+            "random": 0.04,
+            "rolling": 0.04,
+            "shots": 0.04,
+            "inside": 0.02,
+            "outside": 0.02,
+            "blocks": 0.02,
+        }
+    }
+    config.train = {"init": "world", "batch_size": 24, "dtype": "bfloat16"}
     config.sample = {
         "height": 96,
         "width": 96,

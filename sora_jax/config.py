@@ -93,6 +93,7 @@ class TrainConfig:
     accumulate: int = 1  # passes that a step takes its rows in: less memory for activations, the same loss
     seed: int = 0
     init: str = ""  # a model to start from: a shipped name, a folder or URL, a hub name, or another workdir
+    text_init: str = ""  # a model or run whose text encoder is taken in place of that of `init` (diffusion stage)
     deepen: bool = False  # let `init` have fewer layers: blocks that pass their input on are put between its own
     learns: Literal["all", "transformer", "lora"] = "all"  # in the diffusion stage; what does not is kept as in `init`
     anew: bool = False  # let the transformer that learns start from nothing: `init` gives the text encoder alone
@@ -127,6 +128,11 @@ class TrainConfig:
             raise UserError(
                 "train.anew starts one transformer from nothing beside a text encoder that is kept: set train.learns="
                 "transformer and no train.expert"
+            )
+        if self.text_init and (self.stage != "diffusion" or self.learns != "all"):
+            raise UserError(
+                "train.text_init names the text encoder to start from where it learns on beside the transformer: set "
+                "train.stage=diffusion and train.learns=all"
             )
         if self.learns == "all" and self.expert:
             raise UserError(f"train.expert={self.expert} tunes one of two: set train.learns to transformer or lora")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -312,8 +313,26 @@ def test_a_text_encoder_learns_to_read_and_a_diffusion_run_starts_from_it(diffus
     train(override(diffusion_config, frozen), tmp_path / "video", say=said.append)
     assert f"starting from text_encoder of {tmp_path / 'text'}" in said
     read, started = load_run(tmp_path / "text").params, load_run(tmp_path / "video").params
-    for a, b in zip(*(jax.tree.leaves(params["text_encoder"]) for params in (read, started)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_equal(started["text_encoder"], read["text_encoder"])
+
+    both = [*frozen[:-1], "train.seed=7", f"train.init={tmp_path / 'video'}", "train.text_init=world-1"]
+    with pytest.raises(UserError, match=r"text_encoder\..* has shape .* and this config makes"):
+        train(override(diffusion_config, both), tmp_path / "wrong", say=lambda line: None)
+    train(
+        override(diffusion_config, ["train.stage=text", "train.seed=3", *frozen[:-1]]),
+        tmp_path / "other",
+        say=said.append,
+    )
+    both[-1] = f"train.text_init={tmp_path / 'other'}"
+    train(override(diffusion_config, both), tmp_path / "both", say=said.append)
+    joined = load_run(tmp_path / "both").params
+    assert_equal(joined["transformer"], started["transformer"])
+    assert_equal(joined["text_encoder"], load_run(tmp_path / "other").params["text_encoder"])
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures

@@ -59,8 +59,9 @@ def dry_run(config: Config, workdir: epath.PathLike, *, force: bool = False) -> 
     refuse_other_config(config, workdir, force)
     mesh = mesh_of(config)
     dtype = compute_dtype(config.train.dtype, mesh.devices.ravel().tolist())
-    if config.train.init:
-        find_pretrained(config.train.init)
+    for name in (config.train.init, config.train.text_init):
+        if name:
+            find_pretrained(name)
     context = Context(
         config, workdir, mesh, make_optimizer(config.optimizer, config.train.steps), dtype, lambda _: None
     )

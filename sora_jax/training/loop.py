@@ -39,7 +39,7 @@ from sora_jax.training.goodput import Goodput
 from sora_jax.training.metrics import GOODPUT, Averages, LateMetrics, MetricsWriter
 from sora_jax.training.notes import go_on, make_notes
 from sora_jax.training.optimizer import count_parameters, make_optimizer, make_schedule
-from sora_jax.training.pretrained import load_modules
+from sora_jax.training.pretrained import load_start
 from sora_jax.training.profiler import Profiler, StepRange
 from sora_jax.training.progress import Progress, duration, losses_by_skill
 from sora_jax.training.samples import film_strips, grid
@@ -108,21 +108,10 @@ def train(
     if restored is None:
         start, averages = 0, Averages()
         state = init_state(init, key, mesh)
-        if settings.init and not settings.anew:
-            loaded = load_modules(
-                settings.init,
-                shapes.params,
-                mesh,
-                expert=settings.expert,
-                may_differ=stage.may_start_anew,
-                n_layers=config.transformer.n_layers if settings.deepen else None,
-            )
-            started = {name: nnx.merge_state(own, loaded.params.get(name, own)) for name, own in state.params.items()}
+        loaded = load_start(config, shapes.params, mesh, may_differ=stage.may_start_anew, say=say)
+        if loaded:
+            started = {name: nnx.merge_state(own, loaded.get(name, own)) for name, own in state.params.items()}
             state = state.replace(params=started, ema=jax.tree.map(jnp.copy, started))
-            if loaded.params:
-                say(f"starting from {', '.join(loaded.params)} of {settings.init}")
-            if loaded.left_out:
-                say(f"starting anew, in other shapes than its: {', '.join(loaded.left_out)}")
         if stage.kept:
             say(f"keeping {', '.join(stage.kept)} of {settings.init} as they are")
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -67,6 +67,38 @@ def load_kept(config: Config, mesh: Mesh, dtype: jnp.dtype) -> dict[str, nnx.Sta
         return {}
     shapes = learning(config, {name: shapes_of(make) for name, make in networks(config).items()})[1]
     return load_modules(config.train.init, shapes, mesh, expert=config.train.expert, dtype=dtype).params
+
+
+def load_start(
+    config: Config,
+    modules: Mapping[str, Any],
+    mesh: Mesh,
+    *,
+    may_differ: Collection[str] = (),
+    say: Callable[[str], None],
+) -> dict[str, nnx.State]:
+    """What a new run starts from in place of random numbers, by module: what learns (given as shapes, by name) and is
+    in `train.init`, and the text encoder of `train.text_init`; says so. Parts named in `may_differ` may begin anew."""
+    settings, params = config.train, {}
+    if settings.init and not settings.anew:
+        wanted = {name: shapes for name, shapes in modules.items() if name != "text_encoder" or not settings.text_init}
+        loaded = load_modules(
+            settings.init,
+            wanted,
+            mesh,
+            expert=settings.expert,
+            may_differ=may_differ,
+            n_layers=config.transformer.n_layers if settings.deepen else None,
+        )
+        params |= loaded.params
+        if loaded.params:
+            say(f"starting from {', '.join(loaded.params)} of {settings.init}")
+        if loaded.left_out:
+            say(f"starting anew, in other shapes than its: {', '.join(loaded.left_out)}")
+    if settings.text_init:
+        params |= load_modules(settings.text_init, {"text_encoder": modules["text_encoder"]}, mesh).params
+        say(f"starting from text_encoder of {settings.text_init}")
+    return params
 
 
 def levels_of(config: Config) -> LevelsConfig:
