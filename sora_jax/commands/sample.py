@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for job in jobs if writes else ():
         _check_out(job.out, extent.frames, args.force)
     made = []
-    strips: list[Strip] = []
+    shown: list[tuple[Strip, Record]] = []  # on the sheet
     for batch in batches(jobs, args.batch_size):
         with _progress(batch[0].prompt[:40]) as progress:
             clock = Clock(progress)
@@ -154,13 +154,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             made.append(_describe(video, job, args.fps))
             if writes:
                 _write(video, job.out, args)
-                strips += [_strip(video)] if args.sheet else []
+                shown += [(_strip(video), video.record)] if args.sheet else []
                 _report(made[-1], args.json)
         seconds["compile and sample"] += clock.sampled
         seconds["decode"] += clock.decoded
         seconds["write"] += time.perf_counter() - writing
-    if strips:
-        _write_sheet(strips, made[0]["record"], args)
+    if shown:
+        _write_sheet(shown, args)
     seconds["total"] = time.perf_counter() - started
     if writes:
         print(" · ".join(f"{name} {value:.1f} s" for name, value in seconds.items()), file=sys.stderr)
@@ -265,15 +265,14 @@ def _strip(video: Video) -> Strip:
     return Strip([(video.frames[chosen([len(video.frames)], COLUMNS)[0]], video.record.prompt)])
 
 
-def _write_sheet(strips: Sequence[Strip], first: dict[str, Any], args: argparse.Namespace) -> None:
+def _write_sheet(shown: Sequence[tuple[Strip, Record]], args: argparse.Namespace) -> None:
     """Its record is the first video's, with the prompts of all."""
     from sora_jax.media import write_media
-    from sora_jax.record import Record
     from sora_jax.sheet import contact_sheet
 
-    prompts = dict.fromkeys(caption for strip in strips for _, caption in strip.shots)
-    record = dataclasses.replace(Record.from_json(json.dumps(first)), prompt="\n".join(prompts))
-    write_media(contact_sheet(strips)[None], args.sheet, record, overwrite=args.force)
+    prompts = dict.fromkeys(record.prompt for _, record in shown)
+    record = dataclasses.replace(shown[0][1], prompt="\n".join(prompts))
+    write_media(contact_sheet([strip for strip, _ in shown])[None], args.sheet, record, overwrite=args.force)
 
 
 def _describe(video: Video, job: Job, fps: float | None) -> dict[str, Any]:

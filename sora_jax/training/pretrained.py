@@ -79,7 +79,8 @@ def load_start(
 ) -> dict[str, nnx.State]:
     """What a new run starts from in place of random numbers, by module: what learns (given as shapes, by name) and is
     in `train.init`, and the text encoder of `train.text_init`; says so. Parts named in `may_differ` may begin anew."""
-    settings, params = config.train, {}
+    settings = config.train
+    params: dict[str, nnx.State] = {}
     if settings.init and not settings.anew:
         wanted = {name: shapes for name, shapes in modules.items() if name != "text_encoder" or not settings.text_init}
         loaded = load_modules(
