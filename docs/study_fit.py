@@ -1,0 +1,58 @@
+"""A power law through losses of runs of growing compute, and what it says of the next one.
+
+plain       L = a C^-b         a straight line in log L over log C
+saturating  L = c + a C^-b     the same above a loss c that no compute takes away (Kaplan et al. 2020,
+                               arXiv:2001.08361; Hoffmann et al. 2022, arXiv:2203.15556)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+WANTED = 0.98  # R^2
+
+
+class PowerLaw(NamedTuple):
+    """L = c + a C^-b, C in PFLOP, with the R^2 of the losses that it was fitted to, in log L."""
+
+    form: str  # "plain" or "saturating"
+    a: float
+    b: float
+    c: float
+    r2: float
+
+    def loss(self, compute: float) -> float:
+        """At so many operations."""
+        return float(self.c + self.a * (compute / 1e15) ** -self.b)
+
+
+def plain_fit(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
+    """Least squares in log L over log C."""
+    return _fit("plain", np.asarray(compute), np.asarray(loss), 0.0)
+
+
+def saturating_fit(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
+    """The plain fit above each of 2,000 floors c from 0 to under the least loss, of which the one with the highest R^2
+    is taken. Three values from four points leave one free: its R^2 says little, the next point says more."""
+    C, L = np.asarray(compute), np.asarray(loss)
+    floors = np.linspace(0.0, 0.999 * L.min(), 2_000)
+    return max((_fit("saturating", C, L, floor) for floor in floors), key=lambda fit: fit.r2)
+
+
+def best_fit(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
+    """The plain one where its R^2 is over `WANTED`, else the saturating one. Raises `ValueError` below three points."""
+    if len(compute) != len(loss) or len(compute) < 3:
+        raise ValueError(f"a fit needs three runs or more, each with a loss, not {len(compute)} and {len(loss)}")
+    plain = plain_fit(compute, loss)
+    return plain if plain.r2 > WANTED else saturating_fit(compute, loss)
+
+
+def _fit(form: str, compute: np.ndarray, loss: np.ndarray, floor: float) -> PowerLaw:
+    x = np.log(compute / 1e15)
+    slope, intercept = np.polyfit(x, np.log(loss - floor), 1)
+    fitted = np.log(floor + np.exp(intercept + slope * x))
+    left, spread = np.sum((np.log(loss) - fitted) ** 2), np.sum((np.log(loss) - np.log(loss).mean()) ** 2)
+    return PowerLaw(form, float(np.exp(intercept)), float(-slope), float(floor), float(1 - left / spread))
