@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 PAGE = Path(__file__).with_name("study.md")
 IMAGES = Path(__file__).parent / "images"
-ATTRIBUTES = ("color", "shape", "count", "motion", "all")
+ATTRIBUTES = ("background", "color", "shape", "count", "motion", "all")
 QUIET = 0.1  # cores that other work may have taken, and a time still be the run's own
 
 Result = dict[str, Any]
@@ -30,7 +30,7 @@ def write(runs: Sequence[Run], results: Results, prediction: Result | None) -> N
     curve = [run for name in SCALE for run in runs if run.name == name]
     curve += [run for run in runs if run.group == "rates"]
     tables = {
-        "changes": losses_table(trained, results),
+        "changes": [*losses_table(trained, results), "", *seeds_lines(trained, results)],
         "accuracy": accuracy_table([run for run in trained if run.judged], results),
         "scaling": [*scaling_table(curve, results), "", *fit_lines(results, prediction)],
         "sampling": accuracy_table(sampled, results),
@@ -40,7 +40,7 @@ def write(runs: Sequence[Run], results: Results, prediction: Result | None) -> N
         page = _between(page, name, "\n".join(lines))
     PAGE.write_text(page)
     done = [run for run in trained if run.name in results and run.same_latents]
-    if len(done) > 1 and "base" in results:
+    if sum(run.group == "seeds" for run in done) > 1 and "base" in results:
         draw_changes(done, results)
     if sum(name in results for name in SCALE) > 1:
         draw_scaling(results, prediction)
@@ -69,6 +69,15 @@ def losses_table(runs: Sequence[Run], results: Results) -> list[str]:
     return lines
 
 
+def seeds_lines(runs: Sequence[Run], results: Results) -> list[str]:
+    """What differs between runs that differ in nothing but their seed, and where the picture is."""
+    losses = [results[run.name]["loss"]["loss"] for run in runs if run.group == "seeds" and run.name in results]
+    if len(losses) < 2:
+        return []
+    told = f"{len(losses)} seeds of the base lie {max(losses) - min(losses):.4f} apart."
+    return [told, "", "![Loss of every change](images/study-changes.png)"]
+
+
 def accuracy_table(runs: Sequence[Run], results: Results) -> list[str]:
     """Shares of held-out prompts in %, each with its 95 % Wilson interval."""
     heads = ["", "n", *("colour" if name == "color" else name for name in ATTRIBUTES)]
@@ -79,24 +88,23 @@ def accuracy_table(runs: Sequence[Run], results: Results) -> list[str]:
             lines.append(_empty(run, len(heads)))
             continue
         shares = found["accuracy"]
-        cells = [run.what, str(shares["all"]["n"])]
-        cells += [f"{100 * s['value']:.0f} ({100 * s['low']:.0f} to {100 * s['high']:.0f})" for s in _shares(shares)]
+        cells = [run.what, str(shares["all"]["n"]), *(_percent(shares[name]) for name in ATTRIBUTES)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
 def scaling_table(runs: Sequence[Run], results: Results) -> list[str]:
-    heads = ["", "learn", "steps", "TFLOP (model)", "s", "loss", "all of a prompt, %"]
+    heads = ["", "learn", "steps", "TFLOP (model)", "s", "loss", "background", "colour"]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for run in runs:
         found = results.get(run.name)
         if not found:
             lines.append(_empty(run, len(heads)))
             continue
-        share = found.get("accuracy", {}).get("all")
-        right = f"{100 * share['value']:.0f} ({100 * share['low']:.0f} to {100 * share['high']:.0f})" if share else ""
+        shares = found.get("accuracy")
+        right = [_percent(shares[name]) if shares else "" for name in ATTRIBUTES[:2]]
         what = "128 wide: the base" if run.name == "base" else run.what
-        lines.append("| " + " | ".join([what, *_cost(found), f"{found['loss']['loss']:.4f}", right]) + " |")
+        lines.append("| " + " | ".join([what, *_cost(found), f"{found['loss']['loss']:.4f}", *right]) + " |")
     return lines
 
 
@@ -104,6 +112,7 @@ def fit_lines(results: Results, prediction: Result | None) -> list[str]:
     """What was fitted, what it predicted, and what came."""
     if prediction is None:
         return [f"No fit yet: it waits for {', '.join(name for name in SCALE[:-1] if name not in results)}."]
+    picture = ["", "![Loss against compute](images/study-scaling.png)"]
     law = _law(prediction)
     formula = f"L = {f'{law.c:.3f} + ' if law.c else ''}{law.a:.4f} C^-{law.b:.4f}"
     told = (
@@ -112,9 +121,9 @@ def fit_lines(results: Results, prediction: Result | None) -> list[str]:
         f"{prediction['compute'] / 1e12:.0f} TFLOP"
     )
     if PREDICTED not in results:
-        return [told + "; that run is still to come."]
+        return [told + "; that run is still to come.", *picture]
     came = results[PREDICTED]["loss"]["loss"]
-    return [told + f"; {came:.4f} came, {100 * (prediction['predicted'] / came - 1):+.1f} % off."]
+    return [told + f"; {came:.4f} came, {100 * (prediction['predicted'] / came - 1):+.1f} % off.", *picture]
 
 
 def _cost(found: Result) -> list[str]:
@@ -137,8 +146,8 @@ def _empty(run: Run, cells: int) -> str:
     return f"| {run.what} | not run yet" + " |" * (cells - 1)
 
 
-def _shares(accuracy: Mapping[str, Result]) -> list[Result]:
-    return [accuracy[name] for name in ATTRIBUTES]
+def _percent(share: Result) -> str:
+    return f"{100 * share['value']:.0f} ({100 * share['low']:.0f} to {100 * share['high']:.0f})"
 
 
 def _trained(results: Results) -> list[Result]:
@@ -165,13 +174,13 @@ def _between(page: str, name: str, text: str) -> str:
 def draw_changes(runs: Sequence[Run], results: Results) -> None:
     """The loss of each change, best first, beside the base's; the band is what seeds alone do."""
     order = sorted(runs, key=lambda run: results[run.name]["loss"]["loss"], reverse=True)
-    seeds = [results[run.name]["loss"]["loss"] for run in runs if run.group == "base"]
+    seeds = [results[run.name]["loss"]["loss"] for run in runs if run.group == "seeds"]
     figure, axis = plt.subplots(figsize=(7.5, 0.24 * len(order) + 0.9))
     if len(seeds) > 1:
         axis.axvspan(min(seeds), max(seeds), color="C0", alpha=0.15, lw=0, label=f"the base, {len(seeds)} seeds")
     axis.axvline(results["base"]["loss"]["loss"], color="C0", lw=1, label="the base")
     for place, run in enumerate(order):
-        axis.plot(results[run.name]["loss"]["loss"], place, "o", ms=5, color="C0" if run.group == "base" else "C1")
+        axis.plot(results[run.name]["loss"]["loss"], place, "o", ms=5, color="C0" if run.group == "seeds" else "C1")
     axis.set_yticks(range(len(order)), [run.what for run in order], fontsize=8)
     axis.set(xlabel="validation loss, mean of ten levels, at equal compute")
     axis.grid(alpha=0.2)
@@ -198,8 +207,9 @@ def draw_scaling(results: Results, prediction: Result | None) -> None:
         axis.plot(along, [law.loss(1e12 * at) for at in along], "--", color="0.3", lw=1, label=label)
         axis.plot(prediction["compute"] / 1e12, prediction["predicted"], "x", color="0.3", ms=8, label="prediction")
     axis.set(xscale="log", yscale="log", xlabel="TFLOP of the training", ylabel="validation loss, mean of ten levels")
-    axis.yaxis.set_major_formatter("{x:.2g}")
-    axis.yaxis.set_minor_formatter("{x:.2g}")
+    for scale in (axis.xaxis, axis.yaxis):
+        scale.set_major_formatter("{x:.2g}")
+        scale.set_minor_formatter("{x:.2g}")
     axis.grid(alpha=0.2, which="both")
     axis.legend(fontsize=8)
     _save(figure, "study-scaling.png")

@@ -61,9 +61,9 @@ _JOINT = "train.learns=all train.anew=False"
 _FROZEN_READER = "train.init={work}/made/reader"
 
 RUNS = (
-    Run("base", "base", "the base", width=BASE_WIDTH),
-    Run("seed-1", "base", "another seed", "train.seed=1 data.seed=1", judged=False),
-    Run("seed-2", "base", "a third seed", "train.seed=2 data.seed=2", judged=False),
+    Run("base", "seeds", "the base", width=BASE_WIDTH),
+    Run("seed-1", "seeds", "another seed", "train.seed=1 data.seed=1", judged=False),
+    Run("seed-2", "seeds", "a third seed", "train.seed=2 data.seed=2", judged=False),
     # the rate is found at the two smallest widths, and carried over
     Run("scale-64", "scaling", "64 wide", _width(64), width=64),
     Run("scale-96", "scaling", "96 wide", _width(96), width=96),
@@ -148,6 +148,6 @@ RUNS = (
     Run("dpmpp-15", "sampling", "15 steps of DPM-Solver++(2M)", "--steps 15 --guidance 3 --solver dpmpp_2m", needs=()),
     Run("heun-8", "sampling", "8 steps of Heun, 15 calls", "--steps 8 --guidance 3 --solver heun", needs=()),
 )
-_POINTS = [run for run in RUNS if run.group in ("base", "scaling") and run.width]
+_POINTS = [run for run in RUNS if run.group in ("seeds", "scaling") and run.width]
 SCALE = tuple(run.name for run in sorted(_POINTS, key=lambda run: run.width))
 PREDICTED = SCALE[-1]
