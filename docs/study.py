@@ -100,29 +100,25 @@ def prepare(name: str, work: Path) -> None:
 
 def trained(run: Run, work: Path) -> dict[str, Any]:
     """Trains, and says what it cost and what loss it came to; the log of losses is kept beside the result."""
-    overrides, workdir = settings(run), work / run.name
-    count = operations(run)
-    other = OtherWork()
-    told = [f"--config.{word.format(work=work)}" for word in overrides]
-    sora_jax(
-        "train",
-        "--config",
-        BASE,
-        "--workdir",
-        str(workdir),
-        f"--config.data.latents={work / 'made' / 'latents'}",
-        *told,
-    )
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    log = [_rounded({k: v for k, v in line.items() if _kept(k)}) for line in lines]
-    (RESULTS / f"{run.name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    checked = [line for line in log if "validation_loss" in line]
+    workdir, steps = work / run.name, steps_of(run)
+    account, beside = workdir / "goodput.json", workdir / "other_work.json"
+    finished = account.exists() and json.loads(account.read_text())["finished"]
+    if not finished or not beside.exists():
+        other = OtherWork()
+        words = [f"data.latents={work / 'made' / 'latents'}", *settings(run)]
+        told = [f"--config.{word.format(work=work)}" for word in words]
+        sora_jax("train", "--config", BASE, "--workdir", str(workdir), *told)
+        beside.write_text(json.dumps(other.share()))  # of the last leg
+    log = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    lines = [_rounded({key: value for key, value in line.items() if _kept(key)}) for line in log]
+    (RESULTS / f"{run.name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    checked = [line for line in lines if "validation_loss" in line]
     return {
-        "steps": steps_of(run),
-        "operations_a_step": count,
+        "steps": steps,
+        "operations_a_step": operations(run),
         "parameters": parameters_of(run),
-        "seconds": json.loads((workdir / "goodput.json").read_text())["seconds"]["steps"],  # the steps alone
-        "other_work": other.share(),
+        "seconds": json.loads(account.read_text())["seconds"]["steps"],  # the steps alone
+        "other_work": json.loads(beside.read_text()),
         "loss": {key.removeprefix("validation_"): value for key, value in checked[-1].items() if "validation" in key},
         "course": [[line["step"], line["validation_loss"]] for line in checked],
     }

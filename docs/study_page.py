@@ -210,6 +210,7 @@ def draw_scaling(results: Results, prediction: Result | None) -> None:
     for scale in (axis.xaxis, axis.yaxis):
         scale.set_major_formatter("{x:.2g}")
         scale.set_minor_formatter("{x:.2g}")
+    axis.tick_params(which="both", length=3)
     axis.grid(alpha=0.2, which="both")
     axis.legend(fontsize=8)
     _save(figure, "study-scaling.png")
