@@ -35,11 +35,16 @@ def plain_fit(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
 
 
 def saturating_fit(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
-    """The plain fit above each of 2,000 floors c from 0 to under the least loss, of which the one with the highest R^2
-    is taken. Three values from four points leave one free: its R^2 says little, the next point says more."""
+    """The plain fit above the floor c, from 0 to under the least loss, that gives the highest R^2, on a grid that closes
+    in on it. Three values from four points leave one free: their R^2 says little, the next point says more."""
     C, L = np.asarray(compute), np.asarray(loss)
-    floors = np.linspace(0.0, 0.999 * L.min(), 2_000)
-    return max((_fit("saturating", C, L, floor) for floor in floors), key=lambda fit: fit.r2)
+    low, high = 0.0, 0.999 * float(L.min())
+    for _ in range(4):
+        floors = np.linspace(low, high, 200)
+        best = max((_fit("saturating", C, L, floor) for floor in floors), key=lambda fit: fit.r2)
+        apart = floors[1] - floors[0]
+        low, high = max(low, best.c - apart), min(high, best.c + apart)
+    return best
 
 
 def best_fit(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
