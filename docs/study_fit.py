@@ -35,8 +35,8 @@ def plain_fit(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
 
 
 def saturating_fit(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
-    """The plain fit above the floor c, from 0 to under the least loss, that gives the highest R^2, on a grid that closes
-    in on it. Three values from four points leave one free: their R^2 says little, the next point says more."""
+    """The plain fit above the floor c, from 0 to under the least loss, that gives the highest R^2, on a grid that
+    closes in on it. Three values from four points leave one free: their R^2 says little, the next point says more."""
     C, L = np.asarray(compute), np.asarray(loss)
     low, high = 0.0, 0.999 * float(L.min())
     for _ in range(4):
