@@ -87,18 +87,19 @@ def forward_of_the_base(width: int, layers: int, feed_forward: int, rows: int) -
     return float(rows * (layers * (kernels + scores + spreading) + borders + levels)), float(rows * text)
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("adamw-1e-3", (128, 4, 512)), ("scale-64", (64, 4, 256))])
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("base", (128, 4, 512)), pytest.param("scale-64", (64, 4, 256), marks=pytest.mark.slow)]
+)
 def test_operations_of_a_step_are_those_counted_by_hand(name, sizes):
     transformer, text = forward_of_the_base(*sizes, rows=48)
     assert study.operations(BY_NAME[name])["model"] == pytest.approx(3 * transformer + text, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["adamw-1e-3", "patch-2"])
-def test_changes_have_the_compute_of_the_base(name):
-    run = BY_NAME[name]
-    spent = study.steps_of(run) * study.operations(run)["executed"]
+def test_a_cheaper_step_gives_more_steps():
+    patches = BY_NAME["patch-2"]
+    spent = study.steps_of(patches) * study.operations(patches)["executed"]
     assert spent == pytest.approx(960 * study.operations(BY_NAME["base"])["executed"], rel=0.01)
-    assert study.steps_of(run) > 960  # both make a step cheaper
+    assert study.steps_of(patches) > 960
 
 
 @pytest.mark.slow
