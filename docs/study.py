@@ -81,7 +81,7 @@ def make(run: Run, work: Path) -> None:
     if run.group == "sampling":
         other, began = OtherWork(), time.monotonic()
         made |= judged(MODEL, run.flags)
-        made |= {"config": MODEL, "seconds": time.monotonic() - began, "other_work": other.share()}
+        made |= {"config": MODEL, "seconds": round(time.monotonic() - began, 1), "other_work": other.share()}
     else:
         made |= trained(run, work)
         if run.judged:
@@ -117,7 +117,7 @@ def trained(run: Run, work: Path) -> dict[str, Any]:
         "steps": steps,
         "operations_a_step": operations(run),
         "parameters": parameters_of(run),
-        "seconds": json.loads(account.read_text())["seconds"]["steps"],  # the steps alone
+        "seconds": round(json.loads(account.read_text())["seconds"]["steps"], 1),  # the steps alone
         "other_work": json.loads(beside.read_text()),
         "loss": {key.removeprefix("validation_"): value for key, value in checked[-1].items() if "validation" in key},
         "course": [[line["step"], line["validation_loss"]] for line in checked],
