@@ -13,7 +13,8 @@ from sora_jax.data.world import Mix, Scene, Truth
 from sora_jax.data.world.scene import COLORS, MOTIONS, SHAPES
 from sora_jax.errors import UserError
 from sora_jax.evaluation.checkers import judge, judge_physics
-from sora_jax.evaluation.suite import evaluate, wilson_interval
+from sora_jax.evaluation.intervals import wilson_interval
+from sora_jax.evaluation.suite import evaluate
 from sora_jax.evaluation.tracking import track
 
 NONE = dict.fromkeys(("single", "pair", "collision", "occluder", "pan"), 0.0)

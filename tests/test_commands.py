@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,8 +16,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sora_jax import cli
+from sora_jax.canvas import Canvas
 from sora_jax.commands import jobs as asked
+from sora_jax.config import load_config
+from sora_jax.data.world import heldout_prompts
 from sora_jax.data.world.words import world_prompts, world_words
+from sora_jax.evaluation import continuation, filters
 from sora_jax.pipeline import Pipeline
 from sora_jax.record import Record
 from sora_jax.video import Video
@@ -234,6 +239,12 @@ def test_checkpoints_are_listed_and_every_byte_is_checked(capsys, workdir, tmp_p
     [
         (["eval", "--suite", "wolrd"], 'unknown suite "wolrd"'),
         (["eval", "--n", "0"], "--n and --batch-size must be >= 1"),
+        (["eval", "--suite", "storys"], 'did you mean "stories"?'),
+        (["eval", "--shots", "9,9"], "--shots is for --suite stories, not world"),
+        (["eval", "--suite", "stories", "--shots", "9,x"], '--shots takes numbers of frames, say 9,9: "9,x" is none'),
+        (["eval", "--suite", "stories", "--frames", "9"], "--shots says how many frames there are"),
+        (["eval", "--config.data.mix.pair=1"], "name it, say --config world_2"),
+        (["eval", "--config", "wrold"], 'did you mean "world"?'),
         (["bench", "loadr"], 'unknown row "loadr"; did you mean "loader"?'),
         (["bench", "loader", "--model", "wrold"], 'did you mean "world"?'),
     ],
@@ -245,23 +256,93 @@ def test_mistakes_are_one_line(capsys, argv, message):
 
 
 def test_eval_of_noise_finds_no_objects(capsys, tiny_model, monkeypatch):
-    asked = []
-
-    def noise(self: Pipeline, prompts: list[str], *, seed: list[int], frames: int, **settings: object) -> list[Video]:
-        asked.append((len(prompts), seed, settings["steps"]))
-        record = Record(prompt="", seed=0, model="noise")
-        draw = np.random.default_rng(seed)
-        return [Video(draw.integers(0, 256, (frames, 64, 64, 3)).astype(np.uint8), 8.0, record) for _ in prompts]
-
-    monkeypatch.setattr(Pipeline, "sample", noise)
-    flags = ("--n", 5, "--batch-size", 3, "--frames", 9, "--steps", 4, "--json")
+    asked = painted(monkeypatch, noise)
+    flags = ("--n", 5, "--batch-size", 3, "--frames", 9, "--height", 64, "--width", 64, "--steps", 4, "--json")
     code, out, _ = run(capsys, "eval", "--model", tiny_model, *flags)
     assert code == 0
     document = json.loads(out)
     assert (document["suite"], document["n"], document["model"]) == ("world", 5, "tiny-1")
     assert document["metrics"]["all"]["value"] == 0
     assert all(metric["low"] <= metric["value"] <= metric["high"] for metric in document["metrics"].values())
-    assert asked == [(3, [0, 1, 2], 4), (2, [3, 4], 4)]
+    assert [(len(drawn), seeds, settings["steps"]) for drawn, seeds, settings in asked] == [
+        (3, [0, 1, 2], 4),
+        (2, [3, 4], 4),
+    ]
+
+
+def painted(monkeypatch, paint: Callable[[Canvas, int], np.ndarray]) -> list[tuple[list[Canvas], list[int], dict]]:
+    """Canvases are painted in place of being sampled; what was asked for is noted."""
+    asked = []
+
+    def made(self: Pipeline, drawn: list[Canvas], *, seeds: list[int], **settings: object) -> list[Video]:
+        asked.append((list(drawn), seeds, settings))
+        record = Record(prompt="", seed=0, model="painted")
+        return [Video(paint(one, seed), 8.0, record) for one, seed in zip(drawn, seeds, strict=True)]
+
+    monkeypatch.setattr(Pipeline, "sample_canvases", made)
+    return asked
+
+
+def noise(one: Canvas, seed: int) -> np.ndarray:
+    draw = np.random.default_rng(seed)
+    return draw.integers(0, 256, (one.frames, one.height, one.width, 3)).astype(np.uint8)
+
+
+def test_eval_asks_for_the_mix_of_a_config(capsys, tiny_model, monkeypatch):
+    asked = painted(monkeypatch, noise)
+    flags = ("--config", "world_2", "--config.data.mix.relation=100", "--n", 4, "--frames", 9, "--width", 64)
+    code, out, _ = run(capsys, "eval", "--model", tiny_model, *flags, "--height", 64, "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert document["config"] == "world_2"
+    mix = load_config("world_2", ["data.mix.relation=100"]).data.mix
+    ((drawn, _, _),) = asked
+    assert [one.prompts for one in drawn] == [(prompt.text,) for prompt in heldout_prompts(4, 0, mix=mix)]
+    assert document["metrics"]["relation"]["n"] >= 2
+
+
+def test_eval_of_stories_asks_for_a_prompt_for_each_shot(capsys, tiny_model, monkeypatch):
+    asked = painted(monkeypatch, noise)
+    flags = ("--shots", "9,13", "--n", 3, "--height", 32, "--width", 32)
+    code, out, _ = run(capsys, "eval", "--suite", "stories", "--model", tiny_model, *flags)
+    assert code == 0
+    assert "stories, 3 samples of tiny-1" in out
+    assert re.search(r"shot.color +0.000 +0.000 to 0.\d+ +of 6", out)
+    ((drawn, _, _),) = asked
+    assert all([span.frames for span in one.spans] == [9, 13] for one in drawn)
+    assert all(len(set(one.prompts)) == 2 for one in drawn)
+
+
+def test_eval_of_continuations_gives_the_first_frame(capsys, tiny_model, monkeypatch):
+    """What comes back is a still of it, so the model is the baseline that copies it."""
+    asked = painted(monkeypatch, lambda one, seed: np.repeat(one.spans[0].given, one.frames, axis=0))
+    monkeypatch.setattr(Pipeline, "encode", lambda self, video: video)
+    monkeypatch.setattr(Pipeline, "decode", lambda self, video: video)
+    monkeypatch.setattr(continuation, "NEIGHBOURS", 20)
+    flags = ("--n", 3, "--frames", 9, "--height", 32, "--width", 32, "--json")
+    code, out, _ = run(capsys, "eval", "--suite", "continuation", "--model", tiny_model, *flags)
+    assert code == 0
+    metrics = json.loads(out)["metrics"]
+    assert metrics["model.mse"] == metrics["copy.mse"]
+    assert metrics["autoencoder.spatial_iou"]["value"] == 1
+    ((drawn, _, _),) = asked
+    assert all(one.spans[0].given.shape == (1, 32, 32, 3) for one in drawn)
+
+
+def test_eval_of_distances_names_its_encoder(capsys, tiny_model, monkeypatch):
+    """True clips after an autoencoder that changes nothing are as far as the floor; noise is farther than a still."""
+    painted(monkeypatch, noise)
+    monkeypatch.setattr(Pipeline, "encode", lambda self, video: video)
+    monkeypatch.setattr(Pipeline, "decode", lambda self, video: video)
+    flags = ("--n", 8, "--frames", 9, "--height", 32, "--width", 32, "--json")
+    code, out, _ = run(capsys, "eval", "--suite", "distance", "--model", tiny_model, *flags)
+    assert code == 0
+    document = json.loads(out)
+    metrics = document["metrics"]
+    assert metrics["autoencoder"]["value"] == pytest.approx(metrics["floor"]["value"])
+    assert metrics["floor"]["value"] < metrics["still"]["value"] < metrics["distance"]["value"]
+    assert document["encoder"] == {"name": filters.NAME, "fingerprint": filters.fingerprint()}
+    assert document["size"] == {"frames": 9, "height": 32, "width": 32}
 
 
 def test_eval_of_an_autoencoder_that_keeps_one_frame(capsys, tiny_model, monkeypatch):

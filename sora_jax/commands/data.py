@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from sora_jax.commands.flags import parse_shots
 from sora_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def preview(args: argparse.Namespace) -> dict[str, Any]:
         return getattr(data, name) if value is None else value
 
     size = {name: given(name) for name in ("frames", "height", "width")}
-    shots = _lengths(args.shots) if args.shots else None
+    shots = parse_shots(args.shots) if args.shots else None
     if args.shots and args.frames is not None:
         raise UserError("--shots says how many frames there are: leave --frames out")
     seed, split = given("seed"), args.split or "train"
@@ -132,13 +133,6 @@ def preview(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         print(args.sheet)
     return {"sheet": args.sheet, "clips": n, "height": picture.shape[0], "width": picture.shape[1]}
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise UserError(f'--shots takes numbers of frames, say 9,9: "{text}" is none')
-    return tuple(int(part) for part in parts)
 
 
 def _advice(report: DataReport) -> list[str]:

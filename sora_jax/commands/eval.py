@@ -1,27 +1,43 @@
-"""`sora-jax eval`: how often a model makes what the prompt says."""
+"""`sora-jax eval`: how often a model makes what the prompt says, and how close to the truth it comes."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from sora_jax.commands.flags import parse_shots
+from sora_jax.errors import UserError, nearest
 
-from sora_jax.errors import UserError
+if TYPE_CHECKING:
+    from sora_jax.data.world import Mix
 
 HELP = "sample held-out prompts and judge what comes out"
 ALONE = True
+OVERRIDES = True  # takes --config.a.b=value
 EXAMPLES = """
     sora-jax eval --model world
     sora-jax eval --model runs/world --n 50 --steps 15
     sora-jax eval --model world --json > eval.json
     sora-jax eval --model world --width 96 --n 100
+    sora-jax eval --model runs/world_2 --config world_2          # prompts of the second world's mix
+    sora-jax eval --model world --config world --config.data.mix.occluder=10
+    sora-jax eval --model world --suite distance --n 100
+    sora-jax eval --model world --suite continuation --n 50
+    sora-jax eval --model world --suite stories --shots 9,9 --n 50
     sora-jax eval --model world --suite reconstruction --n 64
     sora-jax eval --model world --suite reconstruction --source my_videos
 """
-SUITES = ("world", "reconstruction")
+SUITES = {  # what each asks, and how many clips it asks for if nobody says
+    "world": ("held-out prompts, judged by checkers", 200),
+    "distance": ("how far their clips are from true ones as a whole, beside the noise floor", 200),
+    "continuation": ("held-out first frames, continued: motion masks against the truth, beside two baselines", 100),
+    "stories": ("clips with cuts, a prompt for each shot", 100),
+    "reconstruction": ("the autoencoder on held-out clips", 200),
+}
+SAMPLED = ("steps", "guidance", "solver")  # flags that go to the sampler as they are
+ONLY = {"source": "reconstruction", "shots": "stories"}  # flags of one suite alone
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,15 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite",
         default="world",
         metavar="NAME",
-        help="world: held-out prompts, judged by checkers; reconstruction: the autoencoder on held-out clips",
+        help="; ".join(f"{name}: {what}" for name, (what, _) in SUITES.items()),
     )
+    parser.add_argument("--config", metavar="NAME|PATH", help="whose mix of the world is asked for (the first world's)")
     parser.add_argument(
-        "--source",
-        default="world",
-        metavar="world|FOLDER",
-        help="reconstruction: held-out clips of the world, or a folder of videos",
+        "--source", metavar="world|FOLDER", help="reconstruction: held-out clips of the world, or a folder of videos"
     )
-    parser.add_argument("--n", type=int, default=200, metavar="N", help="prompts, or clips (200)")
+    parser.add_argument("--shots", metavar="T,T,...", help="stories: frames of each shot, 1 + 4k and 9 or more (9,9)")
+    defaults = ", ".join(f"{name} {n}" for name, (_, n) in SUITES.items())
+    parser.add_argument("--n", type=int, metavar="N", help=f"prompts, or clips ({defaults})")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="which prompts, and the first video's seed (0)"
     )
@@ -55,77 +71,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.suite not in SUITES:
-        raise UserError(f'unknown suite "{args.suite}"; known: {", ".join(SUITES)}')
-    if args.n < 1 or args.batch_size < 1:
-        raise UserError(f"--n and --batch-size must be >= 1, not {args.n} and {args.batch_size}")
+        raise UserError(f'unknown suite "{args.suite}"; {nearest(args.suite, SUITES)}')
+    n = SUITES[args.suite][1] if args.n is None else args.n
+    if n < 1 or args.batch_size < 1:
+        raise UserError(f"--n and --batch-size must be >= 1, not {n} and {args.batch_size}")
+    for flag, suite in ONLY.items():
+        if getattr(args, flag) is not None and args.suite != suite:
+            raise UserError(f"--{flag} is for --suite {suite}, not {args.suite}: leave it out")
+    shots = parse_shots(args.shots) if args.shots else None
+    if args.suite == "stories" and args.frames is not None:
+        raise UserError("--shots says how many frames there are: leave --frames out")
+    mix = _mix(args)
+    from sora_jax.evaluation import suites
     from sora_jax.pipeline import Pipeline
 
     pipe = Pipeline.load(args.model, dtype=args.dtype)
-    report = _world(pipe, args) if args.suite == "world" else _reconstruction(pipe, args)
-    document = {"model": pipe.name, **report}
+    asked = suites.Asked(
+        n=n,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        frames=args.frames,
+        height=args.height,
+        width=args.width,
+        settings={name: getattr(args, name) for name in SAMPLED},
+        mix=mix,
+        source=args.source or "world",
+        shots=shots,
+        progress=_counter(),
+    )
+    document = {"model": pipe.name, **suites.run(args.suite, pipe, asked)}
+    if mix is not None:
+        document["config"] = args.config
     if not args.json:
-        print(f"{document['suite']}, {document['n']} samples of {pipe.name}; 95 % intervals")
-        for name, metric in document["metrics"].items():
-            print(f"  {name:20} {metric['value']:8.3f}   {metric['low']:.3f} to {metric['high']:.3f}")
+        print(_text(document))
     return document
 
 
-def _world(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
-    from sora_jax.evaluation.suite import evaluate
+def _mix(args: argparse.Namespace) -> Mix | None:
+    """The mix of the config that is named; None where none is."""
+    if args.config is None:
+        if args.overrides:
+            raise UserError(f"--config.{args.overrides[0]} changes a config: name it, say --config world_2")
+        return None
+    if args.source not in (None, "world"):
+        raise UserError(f"--config says what is asked of the world, and --source is {args.source}: leave one out")
+    from sora_jax.config import load_config
 
-    frames = pipe.extent(args.frames, None, args.height, args.width).frames
-    if frames < 9:
-        raise UserError(f"motion cannot be judged in {frames} frames; ask for --frames 9 or more")
-    names = ("frames", "height", "width", "steps", "guidance", "solver")
-    settings = {name: getattr(args, name) for name in names}
-
-    def make(prompts: list[str], seeds: list[int]) -> np.ndarray:
-        videos = pipe.sample(prompts, seed=seeds, batch_size=args.batch_size, **settings)
-        return np.stack([video.frames for video in videos])
-
-    return evaluate(make, n=args.n, seed=args.seed, batch_size=args.batch_size, progress=_counter())
+    return load_config(args.config, args.overrides).data.mix
 
 
-def _reconstruction(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """PSNR and SSIM of the autoencoder on clips it was not trained on, beside a still of their first frame."""
-    from sora_jax.evaluation.reconstruction import evaluate_reconstruction
-
-    source = _clips(pipe, args)
-    count = min(args.n, len(source))
-    show = _counter()
-
-    def there_and_back(clip: np.ndarray) -> np.ndarray:
-        return pipe.decode(pipe.encode(clip[None]))[0]
-
-    def clips() -> Any:
-        for index in range(count):
-            yield source[index]["frames"]
-            show(index + 1, count)
-
-    scores = evaluate_reconstruction(there_and_back, clips())
-    return {"suite": "reconstruction", "n": count, "metrics": {k: _mean(v) for k, v in scores.items()}}
-
-
-def _clips(pipe: Any, args: argparse.Namespace) -> Any:
-    """A sequence of {"frames": uint8 [T, H, W, 3], ...} of the model's size."""
-    frames, height, width = pipe.extent(args.frames, None, args.height, args.width)
-    if args.source == "world":
-        from sora_jax.data.world import WorldSource
-
-        return WorldSource(args.seed, args.n, "heldout", frames, height, width)
-    from sora_jax.data.sources import FolderSource
-
-    fps = pipe.folder.defaults.fps
-    return FolderSource(args.source, fps=fps, frames=frames, height=height, width=width, captions=False)
-
-
-def _mean(values: list[float]) -> dict[str, float]:
-    """The mean over clips and its normal 95 % interval; clips that come back without any error are left out."""
-    finite = np.array([value for value in values if np.isfinite(value)])
-    if not len(finite):
-        return {"value": float("nan"), "low": float("nan"), "high": float("nan")}
-    half = 1.96 * finite.std(ddof=1) / np.sqrt(len(finite)) if len(finite) > 1 else 0.0
-    return {"value": float(finite.mean()), "low": float(finite.mean() - half), "high": float(finite.mean() + half)}
+def _text(document: dict[str, Any]) -> str:
+    lines = [f"{document['suite']}, {document['n']} samples of {document['model']}; 95 % intervals"]
+    if "encoder" in document:
+        encoder = document["encoder"]
+        size = "{frames} frames of {height}x{width}".format(**document["size"])
+        lines.append(f"  encoder {encoder['name']} ({encoder['fingerprint']}), {size}: compare with no other")
+    width = max(len(name) for name in document["metrics"])
+    for name, metric in document["metrics"].items():
+        bounds = f"{metric['low']:.3f} to {metric['high']:.3f}"
+        lines.append(f"  {name:{max(width, 20)}} {metric['value']:8.3f}   {bounds:18} of {metric['n']}")
+    return "\n".join(lines)
 
 
 def _counter() -> Callable[[int, int], None]:

@@ -14,3 +14,11 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise UserError(f'--mesh takes AXIS=N,AXIS=N,..., say fsdp=4,sequence=2: "{part}" is no axis with a length')
         sizes[axis] = int(number)
     return sizes
+
+
+def parse_shots(text: str) -> tuple[int, ...]:
+    """The frames of each shot that "9,9" names."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise UserError(f'--shots takes numbers of frames, say 9,9: "{text}" is none')
+    return tuple(int(part) for part in parts)

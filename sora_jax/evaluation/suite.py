@@ -6,7 +6,7 @@ report["metrics"]["all"]      # {"value": 0.71, "low": 0.64, "high": 0.77, "n": 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,31 +15,12 @@ from sora_jax.data.world.prompts import heldout_prompts
 from sora_jax.data.world.scene import Mix
 from sora_jax.errors import UserError
 from sora_jax.evaluation.checkers import judge, judge_physics
+from sora_jax.evaluation.intervals import share
 from sora_jax.evaluation.physics import LAWS
 from sora_jax.evaluation.tracking import track
 
 SampleFn = Callable[[list[str], list[int]], np.ndarray]
 ATTRIBUTES = ("color", "shape", "count", "motion", "all", "background", "size", "relation")
-_Z = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
-
-
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927): (low, high) in [0, 1]; (0, 1) when n is 0.
-
-    centre = (p + z^2 / 2n) / (1 + z^2 / n), half width = z sqrt(p (1 - p) / n + z^2 / 4n^2) / (1 + z^2 / n).
-    """
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = successes / n, _Z**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z * np.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    # rounding must not put the share itself outside
-    return max(0.0, min(p, float(centre - half))), min(1.0, max(p, float(centre + half)))
-
-
-def _share(answers: Sequence[bool]) -> dict[str, float | int]:
-    low, high = wilson_interval(sum(answers), len(answers))
-    return {"value": sum(answers) / len(answers), "low": low, "high": high, "n": len(answers)}
 
 
 def evaluate(
@@ -87,4 +68,4 @@ def evaluate(
                 answers[f"physics.{law}"].append(answer)
         if progress is not None:
             progress(min(start + batch_size, n), n)
-    return {"suite": "world", "n": n, "metrics": {name: _share(given) for name, given in answers.items() if given}}
+    return {"suite": "world", "n": n, "metrics": {name: share(given) for name, given in answers.items() if given}}
