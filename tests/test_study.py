@@ -102,7 +102,7 @@ def test_a_cheaper_step_gives_more_steps():
     assert study.steps_of(patches) > 960
 
 
-@pytest.mark.slow
+@pytest.mark.runs
 def test_every_change_has_the_compute_of_the_base():
     budget = 960 * study.operations(BY_NAME["base"])["executed"]
     for run in TRAINED:
