@@ -4,6 +4,7 @@ Source: configs/world.py, with a transformer of 4 layers of 128 (1.25 M paramete
 text encoder of world-1, which is kept as it is. Every row is one clip of 64x64 and 17 frames with one short caption.
 
     python docs/study.py base
+    sora-jax train --config study --workdir runs/study --config.data.latents=LATENTS     # what that runs
 
 Cost: 960 steps of 48 rows, 38 TFLOP; 8.6 min of steps on two cores beside other work. Validation loss .579 (ten fixed
 levels, averaged parameters). `docs/study.py` sets what depends on the number of steps (warm-up, average, validation).

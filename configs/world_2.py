@@ -9,7 +9,7 @@ trained on it yet: this names the mix, and is where such a run begins.
     sora-jax train --config world_2 --workdir runs/world_2 --config.train.text_init=runs/text \
         --config.data.autoencoder=runs/autoencoder
 
-The transformer goes on from world-1's, whose latents the autoencoder has kept close to, beside a text encoder that has
+The transformer goes on from world-1's, whose latents the autoencoder has kept, beside a text encoder that has
 read the second world's captions. A clip of 17 frames is 180 tokens at 96x96 and 270 at 96x144, one of two shots of 9
 frames 216 and 324; captions go up to 96 bytes, dense ones up to 220. What is not said here is as in configs/world.py.
 """
