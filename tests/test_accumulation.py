@@ -92,7 +92,7 @@ def autoencoder() -> tuple[MakeStep, dict[str, nnx.State], Any]:
     def make(rngs: nnx.Rngs) -> nnx.Module:
         return Autoencoder(AUTOENCODER, rngs=rngs)
 
-    clips = np.random.default_rng(3).integers(0, 255, (ROWS, 3, 8, 8, 3), np.uint8)
+    clips = np.random.default_rng(3).integers(0, 255, (ROWS, 3, 16, 8, 3), np.uint8)  # latents of 4 x 2
     weights = AutoencoderLossConfig(l1=1.0, l2=1.0, gradient=1.0, gradient_scales=2, kl=1e-2)
     step = partial(make_autoencoder_step, structure_of(make), AUTOENCODER, KEEPS, weights)
     return step, {MODULE: random(make)}, clips

@@ -422,3 +422,23 @@ def test_one_small_picture_is_encoded_as_on_one_device(axes: dict[str, int]):
         placed = jax.tree.map(jax.device_put, params, places)
         found = jax.jit(lambda params, x: nnx.merge(graphdef, params).encode(x).mean)(placed, x)
     np.testing.assert_allclose(found, expected, atol=1e-5 * float(np.std(expected)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_a_tensor_axis_beside_the_rows_changes_nothing(method: str):
+    graphdef, params = model("2.2")
+    stride = FORMS["2.2"].stride
+    shape = (2, 2, 4, 2, FORMS["2.2"].z_dim) if method == "decode" else (2, 5, 4 * stride.height, 2 * stride.width, 3)
+    x = jnp.asarray(np.random.default_rng(5).normal(size=shape), jnp.float32)
+
+    def run(params: nnx.State, x: jax.Array) -> jax.Array:
+        made = getattr(nnx.merge(graphdef, params), method)(x)
+        return made if method == "decode" else made.mean
+
+    expected = run(params, x)
+    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
+    with jax.set_mesh(mesh):
+        places = jax.tree.broadcast(sharding.param_shardings(params, mesh), params)
+        found = jax.jit(run)(jax.tree.map(jax.device_put, params, places), x)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * float(np.std(expected)))

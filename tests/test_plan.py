@@ -370,10 +370,6 @@ def test_mistakes_are_one_line(flags, says, capsys):
         (["--config", "world_text", "--hbm", "16"], "the diffusion and autoencoder stages are planned"),
         (["--config", "world_autoencoder", "--hbm", "16"], "is compiled, not reckoned: name a --topology"),
         (["--config", "world_autoencoder", "--hbm", "16", "--sample"], "--sample plans a diffusion model"),
-        (
-            ["--config", "world_autoencoder", "--topology", "local", "--mesh", "data=2,sequence=4"],
-            "the autoencoder does not train on a sequence axis beside another one",
-        ),
         (["--config", "world", "--hbm", "16", "--search"], "name a --topology"),
         (["--config", "world", "--hbm", "16", "--search", "--remat", "full"], "leave them out"),
     ],

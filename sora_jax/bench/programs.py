@@ -27,7 +27,7 @@ from sora_jax.models.transformer import model_time
 from sora_jax.shapes import Condition, Stride
 from sora_jax.tokens.packing import PackedRows
 from sora_jax.training.adapters import learning, networks
-from sora_jax.training.autoencoder_step import MODULE, check_mesh, make_autoencoder_step
+from sora_jax.training.autoencoder_step import MODULE, make_autoencoder_step
 from sora_jax.training.diffusion_step import DiffusionModules, make_diffusion_step
 from sora_jax.training.optimizer import make_optimizer
 from sora_jax.training.state import TrainState, abstract_state, init_state, make_init
@@ -109,7 +109,6 @@ def training_program(config: Config, mesh: Mesh, dtype: jnp.dtype) -> TrainingPr
 
 def autoencoder_program(config: Config, mesh: Mesh, dtype: jnp.dtype) -> TrainingProgram:
     """The train step of the autoencoder of `config` on whole clips of `config.data`."""
-    check_mesh(mesh)
     make, data = lambda rngs: Autoencoder(config.autoencoder, rngs=rngs), config.data
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     init = make_init(lambda key: {MODULE: parameters_of(make(nnx.Rngs(params=key)))}, optimizer)

@@ -313,7 +313,7 @@ class Autoencoder(nnx.Module):
     def _encode(self, video: jax.Array, past: Past) -> tuple[Posterior, Past]:
         side = self.config.patch_size or 1
         x = rearrange(video, "b t (h ph) (w pw) c -> b t h w (c pw ph)", ph=side, pw=side)
-        moments, past = self.encoder(_laid_out(x, video.shape[2] // self.stride.height, strided=True), past)
+        moments, past = self.encoder(_laid_out(x, video.shape[2] // self.stride.height), past)
         mean, logvar = jnp.split(self.quant_conv(moments), 2, axis=-1)
         return Posterior(mean, jnp.clip(logvar, -30.0, 20.0)), past
 
@@ -324,15 +324,16 @@ class Autoencoder(nnx.Module):
         return (jnp.clip(video, -1.0, 1.0) if clip else video), past
 
 
-def _laid_out(x: jax.Array, latent_rows: int, *, strided: bool = False) -> jax.Array:
-    """`x` with clips and rows over the mesh, where clips and rows of latents divide.
+def _laid_out(x: jax.Array, latent_rows: int) -> jax.Array:
+    """`x` with clips and rows over the mesh, where clips divide, and rows of latents do and come out right.
 
-    XLA's `strided` convolutions come out wrong where devices have uneven rows, and where they are cut by rows and their
-    kernels by channels (`fsdp`) at once: the encoder then has whole pictures.
+    XLA's partitioner (Shardy; jax 0.10.2, on CPUs) computes other numbers, in silence, where a device has a single row
+    of latents beside another axis of the mesh, and where `tensor` lies beside the rows: pictures are whole there.
     """
     batch, frames, rows, *others = ACTIVATION_AXES
     clips_divide = x.shape[0] % (mesh_size("data") * mesh_size("fsdp")) == 0
-    rows_divide = latent_rows % mesh_size("sequence") == 0 and not (strided and mesh_size("fsdp") > 1)
+    parts = mesh_size("sequence")
+    rows_divide = latent_rows % parts == 0 and latent_rows > parts and mesh_size("tensor") == 1
     return constrain(x, (batch if clips_divide else None, frames, rows if rows_divide else None, *others))
 
 

@@ -16,7 +16,7 @@ from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder
 from sora_jax.models.structure import parameters_of, structure_of
 from sora_jax.shapes import Extent, latent_extent
-from sora_jax.training.autoencoder_step import DECODER, MODULE, check_mesh, make_autoencoder_step
+from sora_jax.training.autoencoder_step import DECODER, MODULE, make_autoencoder_step
 from sora_jax.training.clip_batches import ClipBatches, ClipSource, clip_source
 from sora_jax.training.files import write_text
 from sora_jax.training.pretrained import LATENT_STATISTICS, load_autoencoder
@@ -30,7 +30,6 @@ def autoencoder_stage(context: Context) -> Stage:
     config, data = context.config, context.config.data
     if not config.reconstruction.train_encoder and not config.train.init:
         raise UserError("reconstruction.train_encoder=False keeps an encoder as it is: name its model in train.init")
-    check_mesh(context.mesh)
     graphdef = structure_of(lambda rngs: Autoencoder(config.autoencoder, rngs=rngs))
     source = clip_source(data, config.autoencoder.stride.time)
     latent_extent(Extent(data.frames, data.height, data.width), config.autoencoder.stride)

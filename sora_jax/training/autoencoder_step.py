@@ -15,7 +15,6 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
-from sora_jax import sharding
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sora_jax.shapes import Extent, latent_extent
@@ -43,17 +42,6 @@ class AutoencoderLossConfig:
     def __post_init__(self) -> None:
         if self.gradient_scales < 1:
             raise UserError(f"gradient_scales must be at least 1, not {self.gradient_scales}")
-
-
-def check_mesh(mesh: sharding.AnyMesh) -> None:
-    """Raises `UserError` for a mesh on which a step's gradients would be wrong."""
-    if mesh.size > mesh.shape["sequence"] > 1:
-        # XLA's strided convolutions have wrong gradients there (jax 0.10.2: on data 2 x fsdp 2 x sequence 2 their norm
-        # was a fifth too large, and data 2 x sequence 2 is wrong too).
-        raise UserError(
-            "the autoencoder does not train on a sequence axis beside another one, where XLA computes wrong gradients: "
-            "use data, fsdp and tensor, or sequence alone (train.mesh)"
-        )
 
 
 def gradient_error(error: Float[Array, "B T H W C"], scales: int) -> Float[Array, ""]:
