@@ -207,9 +207,10 @@ def draw_scaling(results: Results, prediction: Result | None) -> None:
         axis.plot(along, [law.loss(1e12 * at) for at in along], "--", color="0.3", lw=1, label=label)
         axis.plot(prediction["compute"] / 1e12, prediction["predicted"], "x", color="0.3", ms=8, label="prediction")
     axis.set(xscale="log", yscale="log", xlabel="TFLOP of the training", ylabel="validation loss, mean of ten levels")
-    for scale in (axis.xaxis, axis.yaxis):
-        scale.set_major_formatter("{x:.2g}")
-        scale.set_minor_formatter("{x:.2g}")
+    for scale, labelled in ((axis.xaxis, (1, 2, 5)), (axis.yaxis, range(1, 10))):
+        scale.set_major_locator(mpl.ticker.LogLocator(subs=labelled))
+        scale.set_major_formatter("{x:g}")
+        scale.set_minor_formatter(mpl.ticker.NullFormatter())
     axis.tick_params(which="both", length=3)
     axis.grid(alpha=0.2, which="both")
     axis.legend(fontsize=8)
