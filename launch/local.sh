@@ -57,6 +57,11 @@ if [ "$dry_run" = 1 ]; then
 fi
 
 port=${port:-$(free_port)}
+marked() { # lines with the number of their process; each is one write, so that no other comes in between
+  local line
+  while IFS= read -r line || [ -n "$line" ]; do printf '[%s] %s\n' "$1" "$line"; done
+}
+
 children=()
 forward() { # a signal to every process, once each
   local child
@@ -70,7 +75,7 @@ for ((process = 0; process < count; process++)); do
   if [ "$process" = 0 ]; then
     env "${environment[@]}" "$@" &
   else
-    env "${environment[@]}" "$@" > >(sed -u "s/^/[$process] /") 2> >(sed -u "s/^/[$process] /" >&2) &
+    env "${environment[@]}" "$@" > >(marked "$process") 2> >(marked "$process" >&2) &
   fi
   children+=($!)
 done
