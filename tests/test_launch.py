@@ -86,7 +86,8 @@ def test_a_slice_that_is_taken_away_is_made_again_and_the_run_goes_on(cloud):
         cloud,
         'echo start >> "$CLOUD/bucket/starts"\n'
         'if [ "$(wc -l < "$CLOUD/bucket/starts")" = 1 ]; then\n'
-        '  touch "$CLOUD/none_left"; echo PREEMPTED > "$CLOUD/state"; sleep 30\n'
+        # at once: who asks in between is not told that the state is nothing
+        '  touch "$CLOUD/none_left"; echo PREEMPTED > "$CLOUD/next"; mv "$CLOUD/next" "$CLOUD/state"; sleep 30\n'
         "fi",
     )
     done = tpu_vm("up", "pod", "--type", "v6e-8", *WHERE, "--every", "1", *RUN)
