@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from marked import between
+
 PAGE = Path(__file__).with_name("plans.md")
 REPORTS = Path(__file__).parent / "runs" / "plans.json"  # flags: what `sora-jax plan FLAGS --json` said
 GIB = 2**30
@@ -67,8 +69,10 @@ def main() -> None:
             reports[flags] = report(flags)
             kept = {flags: reports[flags] for flags in wanted if flags in reports}
             REPORTS.write_text(json.dumps(kept, indent=1) + "\n")
-    page = _between(PAGE.read_text(), "plans", "\n".join([*plans_table(reports), "", *commands(PLANS)]))
-    PAGE.write_text(_between(page, "stages", "\n".join([*stages_table(reports), "", *commands(STAGES)])))
+    page = PAGE.read_text()
+    for name, plans, table in (("plans", PLANS, plans_table), ("stages", STAGES, stages_table)):
+        page = between(page, name, "\n".join([*table(reports), "", *commands(plans)]), by="docs/plans.py")
+    PAGE.write_text(page)
 
 
 def plans_table(reports: dict[str, Report]) -> list[str]:
@@ -161,16 +165,6 @@ def commands(plans: tuple[tuple[str, str], ...]) -> list[str]:
 def _value(flags: str, flag: str) -> str:
     words = shlex.split(flags)
     return words[words.index(flag) + 1]
-
-
-def _between(page: str, name: str, text: str) -> str:
-    """`page` with `text` between its comments "NAME, made by ..." and "end of NAME"."""
-    begin, end = f"<!-- {name}: made by docs/plans.py -->", f"<!-- end of {name} -->"
-    before, _, rest = page.partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise ValueError(f"{PAGE} has no place for {name}")
-    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 if __name__ == "__main__":

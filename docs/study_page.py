@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import study_fit
+from marked import between
 from study_runs import BASE, PREDICTED, SCALE, Run
 
 mpl.use("Agg")
@@ -37,7 +38,7 @@ def write(runs: Sequence[Run], results: Results, prediction: Result | None) -> N
     }
     page = PAGE.read_text()
     for name, lines in tables.items():
-        page = _between(page, name, "\n".join(lines))
+        page = between(page, name, "\n".join(lines), by="docs/study.py")
     PAGE.write_text(page)
     done = [run for run in trained if run.name in results and run.same_latents]
     if sum(run.group == "seeds" for run in done) > 1 and "base" in results:
@@ -53,20 +54,16 @@ def losses_table(runs: Sequence[Run], results: Results) -> list[str]:
     """Validation loss, its difference from the base's, and the loss at each of ten levels."""
     levels = [key for key in next(iter(_trained(results)), {"loss": {}})["loss"] if key != "loss"]
     heads = ["", "flags", "learn", "steps", "TFLOP (model)", "s", "loss", "- base", *(k[-3:] for k in levels)]
-    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     base = results.get("base")
-    for run in runs:
-        found = results.get(run.name)
-        if not found:
-            lines.append(_empty(run, len(heads)))
-            continue
+
+    def cells(run: Run, found: Result) -> list[str]:
         loss = found["loss"]
-        compares = base is not None and run.name != "base" and run.same_latents
-        cells = [run.what, _flags(run), *_cost(found), f"{loss['loss']:.4f}"]
-        cells.append(f"{loss['loss'] - base['loss']['loss']:+.4f}" if base and compares else "")
-        cells += [f"{loss[key]:.3f}" for key in levels]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        compares = run.name != "base" and run.same_latents
+        difference = f"{loss['loss'] - base['loss']['loss']:+.4f}" if base and compares else ""
+        shown = [run.what, _flags(run), *_cost(found), f"{loss['loss']:.4f}", difference]
+        return [*shown, *(f"{loss[key]:.3f}" for key in levels)]
+
+    return _table(heads, runs, results, cells)
 
 
 def seeds_lines(runs: Sequence[Run], results: Results) -> list[str]:
@@ -81,31 +78,24 @@ def seeds_lines(runs: Sequence[Run], results: Results) -> list[str]:
 def accuracy_table(runs: Sequence[Run], results: Results) -> list[str]:
     """Shares of held-out prompts in %, each with its 95 % Wilson interval."""
     heads = ["", "n", *("colour" if name == "color" else name for name in ATTRIBUTES)]
-    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
-    for run in runs:
-        found = results.get(run.name)
-        if not found:
-            lines.append(_empty(run, len(heads)))
-            continue
+
+    def cells(run: Run, found: Result) -> list[str]:
         shares = found["accuracy"]
-        cells = [run.what, str(shares["all"]["n"]), *(_percent(shares[name]) for name in ATTRIBUTES)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        return [run.what, str(shares["all"]["n"]), *(_percent(shares[name]) for name in ATTRIBUTES)]
+
+    return _table(heads, runs, results, cells)
 
 
 def scaling_table(runs: Sequence[Run], results: Results) -> list[str]:
     heads = ["", "learn", "steps", "TFLOP (model)", "s", "loss", "background", "colour"]
-    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
-    for run in runs:
-        found = results.get(run.name)
-        if not found:
-            lines.append(_empty(run, len(heads)))
-            continue
+
+    def cells(run: Run, found: Result) -> list[str]:
         shares = found.get("accuracy")
         right = [_percent(shares[name]) if shares else "" for name in ATTRIBUTES[:2]]
         what = "128 wide: the base" if run.name == "base" else run.what
-        lines.append("| " + " | ".join([what, *_cost(found), f"{found['loss']['loss']:.4f}", *right]) + " |")
-    return lines
+        return [what, *_cost(found), f"{found['loss']['loss']:.4f}", *right]
+
+    return _table(heads, runs, results, cells)
 
 
 def fit_lines(results: Results, prediction: Result | None) -> list[str]:
@@ -142,8 +132,17 @@ def _flags(run: Run) -> str:
     return f"`{run.flags.strip()}`" if run.flags else f"[{BASE}](../configs/{BASE}.py)"
 
 
-def _empty(run: Run, cells: int) -> str:
-    return f"| {run.what} | not run yet" + " |" * (cells - 1)
+def _table(
+    heads: Sequence[str], runs: Sequence[Run], results: Results, cells: Callable[[Run, Result], list[str]]
+) -> list[str]:
+    """A row for each run, and a mark for those that have no result yet."""
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    for run in runs:
+        if run.name in results:
+            lines.append("| " + " | ".join(cells(run, results[run.name])) + " |")
+        else:
+            lines.append(f"| {run.what} | not run yet" + " |" * (len(heads) - 1))
+    return lines
 
 
 def _percent(share: Result) -> str:
@@ -156,16 +155,6 @@ def _trained(results: Results) -> list[Result]:
 
 def _law(prediction: Result) -> study_fit.PowerLaw:
     return study_fit.PowerLaw(**{name: prediction[name] for name in study_fit.PowerLaw._fields})
-
-
-def _between(page: str, name: str, text: str) -> str:
-    """`page` with `text` between its comments "NAME: made by ..." and "end of NAME"."""
-    begin, end = f"<!-- {name}: made by docs/study.py -->", f"<!-- end of {name} -->"
-    before, _, rest = page.partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise ValueError(f"{PAGE} has no place for {name}")
-    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
