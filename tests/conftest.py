@@ -9,6 +9,13 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
+import jaxlib.version
+
+# XLA of jaxlib 0.10 has two compilers of fused loops, and programs are ready in three quarters of the time with the
+# older one. Later versions know no such flag, and end at one that they do not know.
+if jaxlib.version.__version_info__ < (0, 11):
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -64,7 +64,7 @@ WORDS_OF_GLOO = {word for word in GLOO.split() if not word.isdigit()}
 
 
 def of_gloo(line: str) -> bool:
-    """Whether it is one of the lines of Gloo, which CPUs talk through, or a part of one: its threads cut each other short."""
+    """Whether it is a line of Gloo, which CPUs talk through, or a part of one: its threads cut each other short."""
     return all(word.isdigit() or word in WORDS_OF_GLOO for word in line.replace("[Gloo]", " [Gloo] ").split())
 
 

@@ -97,7 +97,7 @@ def test_a_run_gives_its_averages_and_its_autoencoder(autoencoder_run: Path, aut
         load_modules(str(autoencoder_run), {"transformer": {}})
 
 
-@pytest.mark.slow
+@pytest.mark.runs
 def test_a_run_can_start_from_the_parameters_of_another(autoencoder_run: Path, autoencoder_config: Config, tmp_path):
     only_steps = ["train.validate_every=0", "train.sample_every=0"]
     config = override(autoencoder_config, [f"train.init={autoencoder_run}", "train.seed=1", *only_steps])
@@ -296,7 +296,7 @@ def test_a_decoder_can_learn_on_without_moving_the_latents(
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
-@pytest.mark.slow
+@pytest.mark.runs
 def test_a_text_encoder_learns_to_read_and_a_diffusion_run_starts_from_it(diffusion_config: Config, tmp_path: Path):
     changes = ["train.stage=text", "train.steps=60", "train.batch_size=32", "data.held_out=8"]
     changes += ["optimizer.learning_rate=0.02", "train.sample_every=0", "train.log_every=1"]

@@ -138,6 +138,7 @@ def test_a_run_of_adapters_leaves_the_model_and_hands_back_both(
         assert says in capsys.readouterr().err
 
 
+@pytest.mark.runs
 def test_adapters_learn_only_where_they_are_asked_for(config: Config, tiny_model: Path, tmp_path: Path):
     only = override(config, ["transformer.lora_targets=cross_attn.k,ffn"])
     train(only, tmp_path / "run", say=lambda line: None)
@@ -153,6 +154,7 @@ def test_adapters_learn_only_where_they_are_asked_for(config: Config, tiny_model
     assert names == {f"{module}.lora_{half}.weight" for module in modules for half in "AB"}
 
 
+@pytest.mark.runs
 def test_the_transformer_alone_learns(config: Config, tiny_model: Path, tmp_path: Path):
     only = override(config, ["train.learns=transformer", "transformer.lora_rank=0"])
     said: list[str] = []
@@ -181,6 +183,7 @@ def two_experts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(("expert", "learns", "rank"), [("high", "transformer", 0), ("low", "lora", 2)])
 def test_of_two_experts_the_one_that_is_named_learns_at_its_levels(
     config: Config, two_experts: Path, tmp_path: Path, expert: str, learns: str, rank: int

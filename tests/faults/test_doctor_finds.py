@@ -220,6 +220,7 @@ def test_jax_alone_never_mends_a_program_that_was_cut_short(tmp_path: Path):
     assert compile_cache.unreadable(folder) == []
 
 
+@pytest.mark.slow
 def test_a_run_survives_programs_cut_short_says_so_and_makes_them_anew(tmp_path: Path):
     home = tiny_run.make_home(tmp_path)
 

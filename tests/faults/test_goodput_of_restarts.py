@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_run import STEPS, environment, flags, lines, make_home
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 AWAY = 2.0  # seconds between the kill and the restart
 
