@@ -169,9 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"error: {_one_line(error)}")
         return 2
     except Exception as error:
-        if debug or "RESOURCE_EXHAUSTED" not in str(error):
+        if debug or not _out_of_memory(error):
             raise
-        _say(f"error: the device is out of memory ({_one_line(error)}); ask for fewer frames, a smaller size or batch")
+        _say(f"error: out of memory ({_one_line(error)}); ask for fewer frames, a smaller size or batch")
         return 2
 
 
@@ -284,6 +284,13 @@ def _mend_cache(message: object) -> str:
 
 def _say(message: str, separator: str = ": ") -> None:
     print(f"{PROGRAM}{separator}{message}", file=sys.stderr, flush=True)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Of the host or of a device; XLA has the words for it in errors of several kinds."""
+    return isinstance(error, MemoryError) or any(
+        word in str(error) for word in ("RESOURCE_EXHAUSTED", "Out of memory allocating")
+    )
 
 
 def _one_line(message: object) -> str:

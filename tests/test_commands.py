@@ -239,6 +239,8 @@ def test_checkpoints_are_listed_and_every_byte_is_checked(capsys, workdir, tmp_p
     [
         (["eval", "--suite", "wolrd"], 'unknown suite "wolrd"'),
         (["eval", "--n", "0"], "--n and --batch-size must be >= 1"),
+        (["eval", "--seed", "-1"], "seed must be a whole number from 0"),
+        (["eval", "--seed", str(2**32 - 1), "--n", "2"], f"not {2**32}"),
         (["eval", "--suite", "storys"], 'did you mean "stories"?'),
         (["eval", "--shots", "9,9"], "--shots is for --suite stories, not world"),
         (["eval", "--suite", "stories", "--shots", "9,x"], '--shots takes numbers of frames, say 9,9: "9,x" is none'),
