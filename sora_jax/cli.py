@@ -209,7 +209,8 @@ def _announce(args: argparse.Namespace) -> None:
     elif getattr(args.command, "ALONE", False) and (found := find_cluster()):
         name = args.command.__name__.rpartition(".")[2]
         raise UserError(f"{name} is the work of one process, and this is one of several ({found.name}): {ALONE_HINT}")
-    devices = describe_devices(getattr(args, "dtype", None) or "auto")
+    dtype_of = getattr(args.command, "dtype_of", None)
+    devices = describe_devices(dtype_of(args) if dtype_of else getattr(args, "dtype", None) or "auto")
     if not is_chief():
         return
     import jax
@@ -294,4 +295,6 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _one_line(message: object) -> str:
+    if isinstance(message, OSError) and message.filename is not None:
+        message = f"{message.filename}: {message.strerror}"  # without its number
     return " ".join(str(message).split())

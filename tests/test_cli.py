@@ -336,6 +336,16 @@ def test_what_does_not_fit_in_memory_is_one_line(here, capsys, monkeypatch, tiny
     assert "error: out of memory (" in error_of(capsys, "sample", PROMPT, "--model", tiny_model)
 
 
+def test_the_head_of_a_training_run_names_its_own_dtype(here, capsys):
+    (here / "file").touch()
+    flags = ("--workdir", "file/run", "--config.train.dtype=bfloat16")
+    code, _, err = run(capsys, "train", "--config", "world_text", *flags)
+    assert code == 2
+    assert "bfloat16" in err[0]
+    assert "file/run" in err[-1]
+    assert "Errno" not in err[-1]
+
+
 def test_our_own_defects_keep_their_traceback(here, monkeypatch, tiny_model):
     from sora_jax.pipeline import Pipeline
 
