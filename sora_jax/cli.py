@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -187,7 +188,7 @@ def _run(args: argparse.Namespace) -> object:
     from sora_jax.runtime import is_chief
 
     if document is not None and (not starts_jax or is_chief()):
-        print(json.dumps(document))
+        print(json.dumps(_in_json(document), allow_nan=False))
     return document
 
 
@@ -285,6 +286,15 @@ def _mend_cache(message: object) -> str:
 
 def _say(message: str, separator: str = ": ") -> None:
     print(f"{PROGRAM}{separator}{message}", file=sys.stderr, flush=True)
+
+
+def _in_json(value: Any) -> Any:
+    """`value` with null for numbers that JSON has not: the loss of a band of levels that no token was at is NaN."""
+    if isinstance(value, dict):
+        return {name: _in_json(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_json(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _out_of_memory(error: Exception) -> bool:

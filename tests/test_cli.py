@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -252,6 +253,16 @@ def test_json_is_the_only_thing_on_stdout(here, capsys, tiny_model):
     assert document["videos"][0]["frames"] == 5
     assert document["seconds"]["total"] > 0
     assert err[0].startswith("sora-jax 0")
+
+
+def test_json_has_no_nan(here, capsys, monkeypatch):
+    """JSON (RFC 8259, section 6) has neither NaN nor Infinity, and other readers than Python's refuse them."""
+    found = {"loss": math.nan, "bounds": (0.5, [math.inf, 2]), "step": 3, "name": "NaN", "done": True}
+    monkeypatch.setattr(commands.load("devices"), "run", lambda args: found)
+    code, out, _ = run(capsys, "devices", "--json")
+    assert code == 0
+    document = json.loads(out, parse_constant=pytest.fail)
+    assert document == {"loss": None, "bounds": [0.5, [None, 2]], "step": 3, "name": "NaN", "done": True}
 
 
 def test_files_are_overwritten_only_by_force(here, capsys, tiny_model):
