@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             print(f"left out, {kind}: {name}", file=sys.stderr)
     rate = encoded.made / max(encoded.seconds, 1e-9)
     if not args.json and first:
-        print(f"{args.out}: {encoded.clips} clips, {encoded.made} of them now, {rate:.1f} clips/s")
+        left = f", {len(left_out) + len(too_short)} left out" if left_out or too_short else ""
+        print(f"{args.out}: {encoded.clips} clips, {encoded.made} of them now{left}, {rate:.1f} clips/s")
     return {
         "path": args.out,
         "clips": encoded.clips,
