@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -169,9 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"error: {_one_line(error)}")
         return 2
     except Exception as error:
-        if debug or "RESOURCE_EXHAUSTED" not in str(error):
+        if debug or not _out_of_memory(error):
             raise
-        _say(f"error: the device is out of memory ({_one_line(error)}); ask for fewer frames, a smaller size or batch")
+        _say(f"error: out of memory ({_one_line(error)}); ask for fewer frames, a smaller size or batch")
         return 2
 
 
@@ -187,7 +188,7 @@ def _run(args: argparse.Namespace) -> object:
     from sora_jax.runtime import is_chief
 
     if document is not None and (not starts_jax or is_chief()):
-        print(json.dumps(document))
+        print(json.dumps(_in_json(document), allow_nan=False))
     return document
 
 
@@ -209,7 +210,8 @@ def _announce(args: argparse.Namespace) -> None:
     elif getattr(args.command, "ALONE", False) and (found := find_cluster()):
         name = args.command.__name__.rpartition(".")[2]
         raise UserError(f"{name} is the work of one process, and this is one of several ({found.name}): {ALONE_HINT}")
-    devices = describe_devices(getattr(args, "dtype", None) or "auto")
+    dtype_of = getattr(args.command, "dtype_of", None)
+    devices = describe_devices(dtype_of(args) if dtype_of else getattr(args, "dtype", None) or "auto")
     if not is_chief():
         return
     import jax
@@ -286,5 +288,23 @@ def _say(message: str, separator: str = ": ") -> None:
     print(f"{PROGRAM}{separator}{message}", file=sys.stderr, flush=True)
 
 
+def _in_json(value: Any) -> Any:
+    """`value` with null for numbers that JSON has not: the loss of a band of levels that no token was at is NaN."""
+    if isinstance(value, dict):
+        return {name: _in_json(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_json(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Of the host or of a device; XLA has the words for it in errors of several kinds."""
+    return isinstance(error, MemoryError) or any(
+        word in str(error) for word in ("RESOURCE_EXHAUSTED", "Out of memory allocating")
+    )
+
+
 def _one_line(message: object) -> str:
+    if isinstance(message, OSError) and message.filename is not None:
+        message = f"{message.filename}: {message.strerror}"  # without its number
     return " ".join(str(message).split())

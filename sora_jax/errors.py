@@ -27,6 +27,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     'known: euler, heun'
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     listing = ", ".join(known)
     return f'did you mean "{close[0]}"? (known: {listing})' if close else f"known: {listing}"

@@ -42,6 +42,8 @@ READABLE_SUFFIXES = (*WRITABLE_SUFFIXES, ".mkv", ".avi", ".jpg", ".jpeg", ".webp
 # H.264 rate factor: 16 keeps the flat colours of small videos free of visible blocks; files stay in kilobytes.
 CRF = 16
 
+MAX_SIDE = 8192  # pixels of an enlarged file: the longest side of H.264's largest level
+
 
 @dataclass(frozen=True)
 class Media:
@@ -84,6 +86,8 @@ def check_writable(path: str | os.PathLike[str], *, frames: int | None = None, o
     the way, and that the folder exists or can be made and takes a file. Makes and leaves nothing.
     """
     suffix = _suffix(path, WRITABLE_SUFFIXES)
+    if (name := Path(os.fspath(path)).name.lower()) in WRITABLE_SUFFIXES:
+        raise UserError(f"{path} is a file type without a name; use video{name}")
     if suffix == ".png" and frames is not None and frames != 1:
         stem = os.fspath(path)[: -len(".png")]
         raise UserError(f"{path}: a .png holds one frame, not {frames}; use {stem}.mp4, or {stem} for a folder of them")
@@ -107,6 +111,18 @@ def check_writable(path: str | os.PathLike[str], *, frames: int | None = None, o
             pass
     except OSError as error:
         raise UserError(f"{path} cannot be written: {existing}: {error.strerror}") from error
+
+
+def check_scale(height: int, width: int, scale: int) -> None:
+    """Raise `UserError` if frames of that size cannot be enlarged so much."""
+    if scale < 1:
+        raise UserError(f"scale must be a whole number >= 1, not {scale}")
+    largest = max(MAX_SIDE // max(height, width), 1)
+    if scale > largest:
+        raise UserError(
+            f"scale {scale} would make {width * scale}x{height * scale} of {width}x{height}, and no side of an "
+            f"enlarged file is longer than {MAX_SIDE}; nearest: {largest}"
+        )
 
 
 @contextlib.contextmanager
@@ -193,8 +209,7 @@ def write_media(
     """
     frames = to_uint8(frames)
     check_writable(path, frames=len(frames), overwrite=overwrite)
-    if scale < 1:
-        raise UserError(f"scale must be a whole number >= 1, not {scale}")
+    check_scale(frames.shape[1], frames.shape[2], scale)
     if not 0 < fps <= 1000:
         raise UserError(f"fps must lie in (0, 1000], not {fps}")
     if scale > 1:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from sora_jax.diffusion.sampler import denoise, find_solver, level_schedule, sch
 from sora_jax.errors import UserError, nearest
 from sora_jax.load import load_model
 from sora_jax.pieces import Pieces, Progress
-from sora_jax.settings import Settings, refuse_other_names
+from sora_jax.settings import Settings, check_frames, real, refuse_other_names, whole
 from sora_jax.shapes import Extent, frames_for_seconds
 from sora_jax.tokens.spans import spans_to_tokens, tokens_to_spans
 from sora_jax.video import Video
@@ -108,12 +108,22 @@ class Pipeline(Pieces):
         """
         known = {*signature(Pipeline.sample).parameters, *signature(Pipeline.sample_canvases).parameters}
         refuse_other_names(options, known - {"self", "options", "drawn", "seeds"})
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if num_videos < 1:
+        prompts = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, str) else [prompt]
+        if not all(isinstance(text, str) for text in prompts):
+            raise UserError(f"a prompt is a text, not {next(text for text in prompts if not isinstance(text, str))!r}")
+        if whole("num_videos", num_videos) < 1:
             raise UserError(f"num_videos must be at least 1, not {num_videos}")
-        firsts = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        asked: Any = [seed] * len(prompts) if np.ndim(seed) == 0 else seed  # a text has no dimension either
+        firsts = [whole("seed", one) for one in asked]
         if len(firsts) != len(prompts):
             raise UserError(f"{len(prompts)} prompts and {len(firsts)} seeds were given: give one each, or one in all")
+        for name, pixels, axes in (
+            ("image", image, "H W 3"),
+            ("last_image", last_image, "H W 3"),
+            ("video", video, "T H W 3"),
+        ):
+            if pixels is not None:
+                check_frames(name, pixels, axes)
         if last_image is not None and frames is None and seconds is None:
             frames = self.folder.defaults.frames + 1
         extent = self.extent(frames, seconds, height, width)
@@ -169,10 +179,10 @@ class Pipeline(Pieces):
         """
         defaults, scheduler = self.folder.defaults, self.folder.scheduler
         settings = Settings(
-            steps=defaults.steps if steps is None else steps,
-            guidance=float(defaults.guidance if guidance is None else guidance),
+            steps=defaults.steps if steps is None else whole("steps", steps),
+            guidance=real("guidance", defaults.guidance if guidance is None else guidance),
             solver=scheduler.solver if solver is None else solver,
-            shift=float(scheduler.shift if shift is None else shift),
+            shift=real("shift", scheduler.shift if shift is None else shift),
             negative_prompt=defaults.negative_prompt if negative_prompt is None else negative_prompt,
             guidance_low=guidance_low if guidance is not None or guidance_low is not None else defaults.guidance_low,
         )
@@ -186,6 +196,7 @@ class Pipeline(Pieces):
             raise UserError(f"batch_size must be at least 1, not {batch_size}")
         if not drawn:
             raise UserError("no prompt was given: name at least one")
+        self.folder.tokenizer.encode(settings.negative_prompt)
         for text in (text for one in drawn for text in one.prompts):
             if not text.strip():
                 raise UserError("the prompt is empty: say what the video shows")
@@ -197,6 +208,8 @@ class Pipeline(Pieces):
             )
         channels = self.folder.autoencoder_config.z_dim
         shape = (len(drawn), sum(extent.frames for extent in layout.latents), *layout.latents[0][1:], channels)
+        if noise is not None and ((noise := np.asarray(noise)).dtype != np.float32 or not np.isfinite(noise).all()):
+            raise UserError(f"noise must be finite numbers in float32, and this is {noise.dtype}")
         if noise is None:
             noise = np.stack([self.noise(seed, shape[1:]) for seed in seeds])
         elif noise.shape == shape[1:]:
@@ -290,11 +303,11 @@ class Pipeline(Pieces):
         if seconds is not None:
             if frames is not None:
                 raise UserError("frames and seconds both give the duration: name one")
-            frames = frames_for_seconds(seconds, defaults.fps, self.stride.time * self.patch.time)
+            frames = frames_for_seconds(real("seconds", seconds), defaults.fps, self.stride.time * self.patch.time)
         return Extent(
-            defaults.frames if frames is None else frames,
-            defaults.height if height is None else height,
-            defaults.width if width is None else width,
+            defaults.frames if frames is None else whole("frames", frames),
+            defaults.height if height is None else whole("height", height),
+            defaults.width if width is None else whole("width", width),
         )
 
     # -------------------------------------------------------------------------------------------- canvas <-> tokens

@@ -49,9 +49,11 @@ def _neighbours(size: int, step: int, offset: int = 0) -> str:
 
     >>> _neighbours(70, 16)
     '64 or 80'
+    >>> _neighbours(-64, 16)
+    '16'
     """
-    low = (size - offset) // step * step + offset
-    choices = [c for c in (low, low + step) if c >= (offset or step)]
+    low, least = (size - offset) // step * step + offset, offset or step
+    choices = [c for c in (low, low + step) if c >= least] or [least]
     return " or ".join(str(c) for c in choices)
 
 

@@ -222,6 +222,7 @@ def test_config_survives_json():
         ({"temperal_downsample": [True]}, "1 entries for 3 levels; it needs 2"),
         ({"dim_mult": [1, 2, 4]}, "the last two entries must be equal"),
         ({"attn_scales": [0.5]}, "attn_scales"),
+        ({"z_dim": 0}, "z_dim 0"),
     ],
 )
 def test_config_mistakes_are_named(changes: dict, message: str):

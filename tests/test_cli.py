@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,12 @@ def test_overrides_are_taken_in_both_spellings():
         (["sample", PROMPT, "--mesh", "fsdp:4"], '--mesh takes AXIS=N,AXIS=N,..., say fsdp=4,sequence=2: "fsdp:4" is'),
         (["sample", "--like", "none.mp4"], "none.mp4 does not exist"),
         (["sample", "--prompts", "none.txt"], "none.txt does not exist"),
+        (["sample", PROMPT, "--model", ""], "--model is empty"),
+        (["sample", PROMPT, "--out", ""], "--out is empty"),
+        (["sample", PROMPT, "--last-image="], "--last-image is empty"),
+        (["sample", PROMPT, "--out", "videos/.mp4"], "videos/.mp4 is a file type without a name"),
+        (["sample", PROMPT, "--seed", str(2**32)], f"from 0 to {2**32 - 1}, not {2**32}"),
+        (["sample", PROMPT, "--seed", str(2**32 - 1), "--num-videos", "2"], f"not {2**32}"),
         (["sample", "--prompts", "none.xls"], 'unknown type of prompt file ".xls"'),
     ],
 )
@@ -148,6 +155,9 @@ def test_mistakes_are_one_line(here, capsys, argv, message):
         (["--frames", "0"], "0 frames cannot be made"),
         (["--height", "20"], "height 20 cannot be made: it must be a multiple of 8; nearest: 16 or 24"),
         (["--width", "0"], "width 0 cannot be made"),
+        (["--width=-16"], "width -16 cannot be made: it must be a multiple of 8; nearest: 8"),
+        (["--scale", "513"], "scale 513 would make 8208x8208 of 16x16"),
+        (["--negative-prompt", "x" * 120], "120 bytes long and 95 fit"),
         (["--seconds", "inf"], "seconds must be a finite number"),
         (["--steps", "0"], "steps must be at least 1, not 0"),
         (["--guidance", "nan"], "guidance must be a finite number"),
@@ -245,6 +255,16 @@ def test_json_is_the_only_thing_on_stdout(here, capsys, tiny_model):
     assert err[0].startswith("sora-jax 0")
 
 
+def test_json_has_no_nan(here, capsys, monkeypatch):
+    """JSON (RFC 8259, section 6) has neither NaN nor Infinity, and other readers than Python's refuse them."""
+    found = {"loss": math.nan, "bounds": (0.5, [math.inf, 2]), "step": 3, "name": "NaN", "done": True}
+    monkeypatch.setattr(commands.load("devices"), "run", lambda args: found)
+    code, out, _ = run(capsys, "devices", "--json")
+    assert code == 0
+    document = json.loads(out, parse_constant=pytest.fail)
+    assert document == {"loss": None, "bounds": [0.5, [None, 2]], "step": 3, "name": "NaN", "done": True}
+
+
 def test_files_are_overwritten_only_by_force(here, capsys, tiny_model):
     (here / "a.npy").write_text("precious")
     flags = ("sample", PROMPT, "--model", tiny_model, "--out", "a.npy")
@@ -310,6 +330,33 @@ def test_ctrl_c_leaves_nothing(here, capsys, tiny_model, monkeypatch):
     assert list(here.iterdir()) == []
 
 
+def test_a_prompt_that_is_too_long_is_found_before_the_first_video(here, capsys, tiny_model):
+    assert "shorten it by" in error_of(capsys, "sample", "short", "long " * 40, "--model", tiny_model)
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("(3, 2000000001)"), RuntimeError("INTERNAL: Error dispatching: Out of memory allocating 40 bytes.")],
+)
+def test_what_does_not_fit_in_memory_is_one_line(here, capsys, monkeypatch, tiny_model, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("sora_jax.pipeline.Pipeline.sample", fail)
+    assert "error: out of memory (" in error_of(capsys, "sample", PROMPT, "--model", tiny_model)
+
+
+def test_the_head_of_a_training_run_names_its_own_dtype(here, capsys):
+    (here / "file").touch()
+    flags = ("--workdir", "file/run", "--config.train.dtype=bfloat16")
+    code, _, err = run(capsys, "train", "--config", "world_text", *flags)
+    assert code == 2
+    assert "bfloat16" in err[0]
+    assert "file/run" in err[-1]
+    assert "Errno" not in err[-1]
+
+
 def test_our_own_defects_keep_their_traceback(here, monkeypatch, tiny_model):
     from sora_jax.pipeline import Pipeline
 
@@ -351,6 +398,9 @@ def test_prompts_come_from_files(here):
     first, second = plan("--prompts", "b.csv", "--seed", "9")
     assert (first.prompt, first.seed, first.out) == ("a ball, red", 4, "x.gif")
     assert (second.prompt, second.seed, second.out) == ("a box", 9, "a-box-9.mp4")
+    (here / "null.jsonl").write_text('{"prompt": "a ring", "negative_prompt": null, "seed": null, "out": null}\n')
+    (plain,) = plan("--prompts", "null.jsonl", "--seed", "2")
+    assert (plain.negative_prompt, plain.seed, plain.out) == (None, 2, "a-ring-2.mp4")
     (only,) = plan("--prompts", "c.jsonl", "--negative-prompt", "noise")
     assert only.negative_prompt == "blur"
 
@@ -370,6 +420,12 @@ def test_batches_share_a_negative_prompt():
         ("a.csv", "prompt,seed\na ball,x\n", "seed 'x' is not a whole number"),
         ("a.jsonl", '{"prompt": "a"}\n{', "line 2: not JSON"),
         ("a.jsonl", '{"prompt": ""}\n', "empty prompt"),
+        ("a.jsonl", '{"prompt": "a", "out": 3}\n', "entry 1: out 3 is no text"),
+        ("a.jsonl", '{"prompt": "a", "negative_prompt": []}\n', "entry 1: negative_prompt .. is no text"),
+        ("a.jsonl", '{"prompt": "a", "seed": 1.5}\n', "entry 1: seed 1.5 is not a whole number"),
+        ("a.jsonl", '{"prompt": "a", "seed": true}\n', "entry 1: seed True is not a whole number"),
+        ("a.jsonl", '{"prompt": "a", "seed": -1}\n', "seed must be a whole number from 0"),
+        ("a.csv", "prompt,seed\na red ball, on a floor,3\n", "more cells than columns"),
     ],
 )
 def test_broken_prompt_files_are_one_line(here, name, text, message):

@@ -64,13 +64,15 @@ def test_export_in_half_precision_is_half_the_size(tmp_path, capsys, tiny_model)
 
 
 def test_the_model_card_shows_what_was_measured(tmp_path, capsys, tiny_model):
-    metrics = {"color": {"value": 0.925, "low": 0.88, "high": 0.95}}
+    metrics: dict = {"color": {"value": 0.925, "low": 0.88, "high": 0.95}}
+    metrics["gravity"] = dict.fromkeys(("value", "low", "high"))  # null: nothing fell
     (tmp_path / "eval.json").write_text(json.dumps({"suite": "world", "n": 200, "metrics": metrics}))
     flags = ("--name", "ball-3", "--evaluation", tmp_path / "eval.json")
     assert run(capsys, "export", tiny_model, tmp_path / "out", *flags)[0] == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# ball-3" in card
     assert "| color | 0.925 | 0.88 to 0.95 |" in card
+    assert "gravity" not in card
     assert "## Licence" in card
 
 
@@ -239,6 +241,8 @@ def test_checkpoints_are_listed_and_every_byte_is_checked(capsys, workdir, tmp_p
     [
         (["eval", "--suite", "wolrd"], 'unknown suite "wolrd"'),
         (["eval", "--n", "0"], "--n and --batch-size must be >= 1"),
+        (["eval", "--seed", "-1"], "seed must be a whole number from 0"),
+        (["eval", "--seed", str(2**32 - 1), "--n", "2"], f"not {2**32}"),
         (["eval", "--suite", "storys"], 'did you mean "stories"?'),
         (["eval", "--shots", "9,9"], "--shots is for --suite stories, not world"),
         (["eval", "--suite", "stories", "--shots", "9,x"], '--shots takes numbers of frames, say 9,9: "9,x" is none'),

@@ -268,7 +268,7 @@ def test_command_encodes_a_folder(capsys, tiny_model, tmp_path):
     options = ["--out", tmp_path / "c", "--autoencoder", tiny_model, "--frames", 5, "--height", 16, "--width", 16]
     code, out, err = run(capsys, tmp_path / "mine", "--batch-size", 8, *options)
     assert code == 0, err
-    assert "20 clips, 20 of them now" in out
+    assert "20 clips, 20 of them now, 1 left out" in out
     assert "left out, could not be read: 20.png: cannot identify image file" in err
     assert [r.captions for r in LatentSource(tmp_path / "c")][:2] == [("grey number 0",), ("grey number 1",)]
 

@@ -152,7 +152,7 @@ def test_wrong_frames_are_refused(tmp_path, frames, message):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [{"fps": 0}, {"fps": float("nan")}, {"scale": 0}])
+@pytest.mark.parametrize("options", [{"fps": 0}, {"fps": float("nan")}, {"scale": 0}, {"scale": 10**6}])
 def test_wrong_options_are_refused(tmp_path, options):
     with pytest.raises(UserError):
         write_media(clip(5), tmp_path / "a.mp4", RECORD, **options)
@@ -173,6 +173,7 @@ def test_unwritable_paths_are_found_before_the_work(tmp_path):
         ("file", "is a file"),
         ("photos", "other things in it"),
         ("a.png", "one frame, not 17"),
+        (".mp4", r"without a name; use video\.mp4"),
     ]:
         with pytest.raises(UserError, match=message):
             check_writable(tmp_path / name, frames=17)

@@ -22,6 +22,7 @@ from sora_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sora_jax.models.tokenizer import ByteTokenizer
 from sora_jax.models.transformer import Transformer, TransformerConfig
 from sora_jax.pipeline import Pipeline
+from sora_jax.settings import check_frames, real, whole
 from sora_jax.shapes import Extent, Stride
 from sora_jax.tokens.patchify import patchify, unpatchify
 from sora_jax.weights.defaults import SamplingDefaults, SchedulerDefaults
@@ -268,6 +269,8 @@ def test_progress_is_reported_for_every_step_and_latent(pipe):
         ({"frames": 5, "seconds": 1.0}, "frames and seconds"),
         ({"output": "float64"}, "unknown output"),
         ({"noise": np.zeros((1, 1, 4, 6, 4), np.float32)}, "noise has the shape"),
+        ({"noise": np.full((3, 4, 4, 4), np.nan, np.float32)}, "noise must be finite numbers in float32"),
+        ({"negative_prompt": "x" * 40}, "40 bytes long and 31 fit"),
     ],
 )
 def test_what_cannot_be_made_is_said_in_one_line(pipe, options, says):
@@ -275,6 +278,22 @@ def test_what_cannot_be_made_is_said_in_one_line(pipe, options, says):
     with pytest.raises(UserError, match=says) as error:
         pipe.sample(options.pop("prompt"), **options)
     assert "\n" not in str(error.value)
+
+
+def test_values_of_other_types_are_refused_by_name():
+    """Tests check annotations, so the pipeline's own checks are called here by themselves."""
+    for value in ("3", 2.5, True, None):
+        with pytest.raises(UserError, match="steps must be a whole number"):
+            whole("steps", value)
+    assert whole("steps", np.int64(3)) == 3
+    for value in ("strong", None, [1]):
+        with pytest.raises(UserError, match="guidance must be a number"):
+            real("guidance", value)
+    assert real("guidance", 3) == 3.0
+    check_frames("image", np.zeros((2, 2, 3), np.uint8), "H W 3")
+    for value in ("a.png", np.zeros((2, 2, 3), np.float32), np.zeros((2, 2), np.uint8), np.zeros((2, 2, 1), np.uint8)):
+        with pytest.raises(UserError, match=r"image must be a uint8 array \[H W 3\]"):
+            check_frames("image", value, "H W 3")
 
 
 @pytest.mark.parametrize(

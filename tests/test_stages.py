@@ -245,10 +245,17 @@ def test_what_does_not_fit_together_is_refused(diffusion_config: Config, tmp_pat
         (["transformer.text_dim=16"], "transformer.text_dim 16 is not the width"),
         ([f"data.latents={tmp_path / 'nothing'}"], "latent cache .*nothing is not there"),
         (["data.autoencoder=nowhere"], "unknown model 'nowhere'"),
+        (["train.init=nowhere"], "unknown model 'nowhere'"),
+        (["train.text_init=nowhere"], "unknown model 'nowhere'"),
+        (["train.init=world"], r"has shape .* and this config makes"),
+        (["data.row_tokens=11"], "a clip of 5 frames, 16x16, has 12 tokens and a row holds 11: raise row_tokens to 12"),
+        (["data.image_share=0.8", "data.prefix_share=0.3"], "more than 1 together"),
+        (["sample.frames=4"], "4 frames cannot be made"),
+        (["sample.steps=0"], "steps must be at least 1"),
     ):
         with pytest.raises(UserError, match=words):
             train(override(diffusion_config, changes), tmp_path / "run", say=lambda line: None)
-    assert not (epath.Path(tmp_path) / "run" / "config.json").exists()
+        assert not (tmp_path / "run").exists(), "not a clip was encoded"
 
 
 @pytest.mark.slow

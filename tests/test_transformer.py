@@ -168,3 +168,5 @@ def test_bad_configs_are_refused():
         TransformerConfig(remat="ful")
     with pytest.raises(UserError, match="head_dim"):
         TransformerConfig(head_dim=7)
+    with pytest.raises(UserError, match="n_layers must be >= 1, not 0"):
+        TransformerConfig(n_layers=0)

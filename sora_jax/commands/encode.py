@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from sora_jax.commands.flags import check_seed
 from sora_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             print(f"left out, {kind}: {name}", file=sys.stderr)
     rate = encoded.made / max(encoded.seconds, 1e-9)
     if not args.json and first:
-        print(f"{args.out}: {encoded.clips} clips, {encoded.made} of them now, {rate:.1f} clips/s")
+        left = f", {len(left_out) + len(too_short)} left out" if left_out or too_short else ""
+        print(f"{args.out}: {encoded.clips} clips, {encoded.made} of them now{left}, {rate:.1f} clips/s")
     return {
         "path": args.out,
         "clips": encoded.clips,
@@ -136,8 +138,8 @@ def _check_world_flags(args: argparse.Namespace) -> None:
         raise UserError("how many clips of the world? give --clips, say --clips 100000")
     if args.split not in (None, "train", "heldout"):
         raise UserError(f'the world has no split "{args.split}"; known: heldout, train')
-    if args.seed is not None and not 0 <= args.seed < 2**32:
-        raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, not {args.seed}")
+    if args.seed is not None:
+        check_seed(args.seed)
 
 
 def _source(args: argparse.Namespace, step: int) -> WorldClips | FolderSource:

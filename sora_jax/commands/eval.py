@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sora_jax.commands.flags import parse_shots
+from sora_jax.commands.flags import check_seed, parse_shots
 from sora_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     n = SUITES[args.suite][1] if args.n is None else args.n
     if n < 1 or args.batch_size < 1:
         raise UserError(f"--n and --batch-size must be >= 1, not {n} and {args.batch_size}")
+    check_seed(args.seed)
+    check_seed(args.seed + n - 1)  # each video has the next one
     for flag, suite in ONLY.items():
         if getattr(args, flag) is not None and args.suite != suite:
             raise UserError(f"--{flag} is for --suite {suite}, not {args.suite}: leave it out")

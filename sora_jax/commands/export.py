@@ -202,7 +202,8 @@ def _read_evaluation(path: str) -> dict[str, Any]:
     try:
         metrics = json.loads(Path(path).read_text())["metrics"]
         if all({"value", "low", "high"} <= set(metric) for metric in metrics.values()):
-            return metrics
+            numbers = ("value", "low", "high")  # null where nothing was counted
+            return {name: one for name, one in metrics.items() if all(one[number] is not None for number in numbers)}
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sora_jax.commands.flags import check_seed
 from sora_jax.errors import UserError, nearest
 from sora_jax.vocabulary import nearest_prompt, unknown_words
 
@@ -52,6 +53,8 @@ def plan(args: argparse.Namespace, like: Record | None = None) -> list[Job]:
         if not row["prompt"].strip():
             raise UserError("empty prompt; say what the video shows")
         first = seed if row.get("seed") is None else row["seed"]
+        check_seed(first)
+        check_seed(first + args.num_videos - 1)
         for k in range(args.num_videos):
             name = f"{slug(row['prompt'])}-{first + k}.mp4"
             jobs.append(Job(row["prompt"], row.get("negative_prompt", negative), first + k, row.get("out") or name))
@@ -86,7 +89,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} does not exist") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text") from error
-    rows: list[dict[str, Any]]
+    rows: list[Any]
     if path.suffix == ".txt":
         rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
     elif path.suffix == ".csv":
@@ -95,20 +98,30 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         rows = []
         for number, line in enumerate(text.splitlines(), start=1):
             try:
-                rows += [json.loads(line)] if line.strip() else []
+                row = json.loads(line) if line.strip() else None
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+            if isinstance(row, dict):  # null is what is not given
+                row = {name: value for name, value in row.items() if value is not None}
+            rows += [row] if line.strip() else []
     known = ("prompt", "negative_prompt", "seed", "out")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise UserError(f"{path}, entry {number}: no prompt; its fields are {', '.join(known)}")
+        if None in row:  # where csv puts cells that have no column
+            raise UserError(f"{path}, entry {number}: more cells than columns; a prompt with commas stands in quotes")
         for name in row:
             if name not in known:
                 raise UserError(f'{path}, entry {number}: unknown field "{name}"; {nearest(str(name), known)}')
-        try:
-            row["seed"] = int(row["seed"]) if "seed" in row else None
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}, entry {number}: seed {row['seed']!r} is not a whole number") from error
+        for name in ("negative_prompt", "out"):
+            if not isinstance(row.get(name, ""), str):
+                raise UserError(f"{path}, entry {number}: {name} {row[name]!r} is no text")
+        seed = row.get("seed")
+        if isinstance(seed, str) and seed.strip().removeprefix("-").isdecimal():
+            seed = int(seed)  # csv knows nothing but text
+        if seed is not None and type(seed) is not int:  # bool is an int too
+            raise UserError(f"{path}, entry {number}: seed {seed!r} is not a whole number")
+        row["seed"] = seed
     if not rows:
         raise UserError(f"{path} holds no prompt")
     return rows

@@ -98,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    _refuse_empty(args)
     like = _record_of(args.like) if args.like else None
     jobs = plan(args, like)
     settings = _settings(args, like)
@@ -119,6 +120,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     images: dict[str, Any] = {role: _read_image(file) for role, file in given.items()}
 
     started = time.perf_counter()
+    from sora_jax.media import check_scale
     from sora_jax.pipeline import Pipeline
 
     lora = _loras(args.lora) if args.lora else like.lora if like else None
@@ -128,9 +130,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     seconds = {"load": time.perf_counter() - started, "compile and sample": 0.0, "decode": 0.0, "write": 0.0}
     if writes:
         warn_of_unknown_words(jobs, pipe.name, pipe.folder.defaults.card)
+    for text in {text for job in jobs for text in (job.prompt, job.negative_prompt or "")}:
+        pipe.folder.tokenizer.encode(text)  # one that is too long is found before the first video is made
     if "last_image" in images and not settings.keys() & {"frames", "seconds"}:
         settings["frames"] = pipe.folder.defaults.frames + 1
     extent = pipe.extent(**{name: settings.get(name) for name in ("frames", "seconds", "height", "width")})
+    check_scale(extent.height, extent.width, args.scale)
     for job in jobs if writes else ():
         _check_out(job.out, extent.frames, args.force)
     made = []
@@ -170,6 +175,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked for
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_empty(args: argparse.Namespace) -> None:
+    """A script's empty variable is no wish for the default."""
+    for name in ("prompts", "image", "last_image", "like", "model", "mesh", "out", "sheet"):
+        if getattr(args, name) == "":
+            raise UserError(f"--{name.replace('_', '-')} is empty; give it a value, or leave it out")
 
 
 def _settings(args: argparse.Namespace, like: Record | None) -> dict[str, Any]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sora_jax.config import Config
 
 HELP = "train a model, or go on with a run that was stopped"
 OVERRIDES = True  # takes --config.a.b=value
@@ -48,11 +51,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    from sora_jax import config as configs
+def dtype_of(args: argparse.Namespace) -> str:
+    return _config(args).train.dtype
+
+
+def _config(args: argparse.Namespace) -> Config:
+    from sora_jax.config import load_config
 
     overrides = [*args.overrides, *([] if args.steps is None else [f"train.steps={args.steps}"])]
-    config = configs.load_config(args.config, overrides)
+    return load_config(args.config, overrides)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    config = _config(args)
     if args.dry_run:
         import jax
 

@@ -53,6 +53,12 @@ class AutoencoderConfig:
     decoder_dim_mult: tuple[int, ...] | None = None  # None: as dim_mult; no open model has another
 
     def __post_init__(self) -> None:
+        widths = [self.base_dim, self.z_dim, *self.dim_mult]
+        if min(widths) < 1 or self.num_res_blocks < 0:
+            raise UserError(
+                f"base_dim {self.base_dim}, z_dim {self.z_dim} and dim_mult {self.dim_mult} must be >= 1, and "
+                f"num_res_blocks {self.num_res_blocks} >= 0"
+            )
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
             raise UserError(
                 f"temperal_downsample has {len(self.temperal_downsample)} entries for {len(self.dim_mult)} levels; "

@@ -108,6 +108,9 @@ class TransformerConfig:
     lora_targets: str = "self_attn,cross_attn,ffn"  # what of a block has them: these, or parts, "cross_attn.k"
 
     def __post_init__(self) -> None:
+        for name in ("n_layers", "n_heads", "ffn_dim", "in_channels", "out_channels", "text_dim", "frequency_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"transformer {name} must be >= 1, not {getattr(self, name)}")
         if self.lora_rank < 0 or self.lora_alpha < 0:
             raise UserError(f"lora_rank {self.lora_rank} and lora_alpha {self.lora_alpha} must be >= 0")
         if self.head_dim % 2 or self.head_dim < 6:

@@ -16,19 +16,28 @@ from sora_jax.config import Config
 from sora_jax.data.latents import LatentSource
 from sora_jax.data.loader import Loader, make_loader
 from sora_jax.data.sources import Clips, FolderSource, WorldClips
+from sora_jax.data.stream import LoaderOptions
 from sora_jax.errors import UserError
 from sora_jax.models.structure import parameters_of, structure_of
 from sora_jax.models.text_encoder import TextEncoderConfig
 from sora_jax.models.tokenizer import ByteTokenizer, Tokenizer
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.runtime import reaches_host_memory
+from sora_jax.shapes import Stride, latent_extent, token_extent
 from sora_jax.tokens.packing import PackedRows
-from sora_jax.tokens.planning import quadratic_share
+from sora_jax.tokens.planning import ClipShape, misfit, quadratic_share
 from sora_jax.training.adapters import learning, networks
 from sora_jax.training.diffusion_step import DiffusionModules, make_diffusion_step
 from sora_jax.training.diffusion_validation import make_diffusion_validation
 from sora_jax.training.encoding import encode_clips
-from sora_jax.training.pretrained import levels_of, load_autoencoder, load_kept, tokenizer_of
+from sora_jax.training.pretrained import (
+    abstract_modules,
+    levels_of,
+    load_autoencoder,
+    load_kept,
+    load_start,
+    tokenizer_of,
+)
 from sora_jax.training.samples import diffusion_sampler
 from sora_jax.training.stage import Context, Stage, Work, mean_over
 
@@ -49,9 +58,15 @@ def diffusion_stage(context: Context) -> Stage:
             f"transformer.remat=offload keeps activations in the host's memory, which programs of {device.device_kind} "
             "cannot reach with this JAX; transformer.remat=full takes the next least"
         )
+    # What can be wrong is found before clips are encoded, which may take hours.
+    LoaderOptions(**loader_options(config))
+    make = networks(config)
+    modules = DiffusionModules(**{name: structure_of(network) for name, network in make.items()})
+    tokenizer = caption_tokenizer(config)
+    kept = load_kept(config, context.mesh, context.dtype)
+    sample = diffusion_sampler(context, modules, tokenizer, kept)
     folder = data.latents or make_latents(context)
     source = open_latents(config, folder)
-    tokenizer = caption_tokenizer(config)
     batches = make_loader(
         source,
         tokenize=tokenizer.places,
@@ -60,8 +75,6 @@ def diffusion_stage(context: Context) -> Stage:
         workers=data.workers,
         stalled_seconds=data.stalled_seconds,
     )
-    make = networks(config)
-    modules = DiffusionModules(**{name: structure_of(network) for name, network in make.items()})
 
     def make_params(key: jax.Array) -> dict[str, Any]:
         keys = jax.random.split(key)
@@ -72,8 +85,6 @@ def diffusion_stage(context: Context) -> Stage:
         return learning(config, drawn)[0]
 
     levels = levels_of(config)
-    kept = load_kept(config, context.mesh, context.dtype)
-
     step = make_diffusion_step(
         modules,
         context.optimizer,
@@ -115,7 +126,7 @@ def diffusion_stage(context: Context) -> Stage:
         gauges=gauges,
         describe_data=lambda: str(batches.stats),
         validate=validate,
-        sample=diffusion_sampler(context, modules, tokenizer, kept),
+        sample=sample,
         kept=tuple(kept),
     )
 
@@ -169,10 +180,25 @@ def make_latents(context: Context) -> epath.Path:
 
     if jax.process_count() > 1:
         raise UserError("with several processes, encode first (sora-jax encode) and name the cache in data.latents")
+    if isinstance(source, WorldClips):  # those of a folder may all be shorter than they could be
+        _refuse_large_clips(context.config, source, config.stride)
+    if not (context.workdir / "config.json").exists():  # a run that has begun has what it started from
+        load_start(context.config, abstract_modules(context.config), context.mesh, say=lambda line: None)
     encode_clips(
         source, config, params, folder, name=data.autoencoder, dtype=context.dtype, mesh=context.mesh, progress=progress
     )
     return folder
+
+
+def _refuse_large_clips(config: Config, source: Clips, stride: Stride) -> None:
+    """Clips that no row of the transformer will hold need not be encoded first."""
+    data, patch = config.data, config.transformer.patch
+    for extent in source.extents:
+        tokens = token_extent(latent_extent(extent, stride, patch), patch)
+        shape = ClipShape(tokens.volume, 1, tokens.frames)
+        fault = misfit(shape, ClipShape(data.row_tokens, data.row_text, data.groups))
+        if fault and not data.skip_misfits:
+            raise UserError(f"a clip of {extent.frames} frames, {extent.height}x{extent.width}, has {fault} (in data)")
 
 
 class _Packed:

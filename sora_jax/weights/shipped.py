@@ -38,7 +38,7 @@ def find_model(model: epath.PathLike) -> epath.Path:
     if HUB_NAME.fullmatch(str(model)) and not path.parent.exists():
         return _from_hub(str(model))
     raise UserError(
-        f"unknown model {str(model)!r}: no folder of that name, and {nearest(str(model), shipped or ['world'])}"
+        f"unknown model {str(model)!r}, and no folder of that name; {nearest(str(model), shipped or ['world'])}"
     )
 
 
