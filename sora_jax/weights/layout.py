@@ -40,6 +40,7 @@ INDEX = "model_index.json"
 SECOND = "transformer_2"
 OURS = "sora_jax.json"
 FAMILIES = (TRANSFORMER, AUTOENCODER, TEXT_ENCODER)
+MOST_SPARE = 1024  # ids of a text encoder that its tokenizer does not make: UMT5's 84 round its rows up
 Progress = Callable[[str, int, int], None]
 """`progress(stage, done, total)`: bytes of "load", steps of "denoise", frames of "decode"."""
 
@@ -62,24 +63,84 @@ class ModelFolder:
     boundary: float | None = None
 
     def __post_init__(self) -> None:
-        if self.transformer_config.text_dim != self.text_encoder_config.d_model:
-            raise UserError(
-                f"the transformer reads text of width {self.transformer_config.text_dim}, "
-                f"the text encoder makes {self.text_encoder_config.d_model}"
-            )
-        if self.transformer_config.out_channels != self.autoencoder_config.z_dim:
-            raise UserError(
-                f"the transformer makes latents of {self.transformer_config.out_channels} channels, "
-                f"the autoencoder reads {self.autoencoder_config.z_dim}"
-            )
-        if self.tokenizer.vocab_size > self.text_encoder_config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {self.tokenizer.vocab_size} ids, "
-                f"the text encoder knows {self.text_encoder_config.vocab_size}"
-            )
+        check_fit(self.transformer_config, self.autoencoder_config, self.text_encoder_config, self.tokenizer)
+
+
+def check_fit(
+    transformer: TransformerConfig,
+    autoencoder: AutoencoderConfig,
+    text_encoder: TextEncoderConfig,
+    tokenizer: Tokenizer,
+) -> None:
+    """Raises `UserError` for parts that are not of one model."""
+    if transformer.text_dim != text_encoder.d_model:
+        raise UserError(
+            f"the transformer reads text of width {transformer.text_dim}, the text encoder makes {text_encoder.d_model}"
+        )
+    if transformer.out_channels != autoencoder.z_dim:
+        raise UserError(
+            f"the transformer makes latents of {transformer.out_channels} channels, "
+            f"the autoencoder reads {autoencoder.z_dim}"
+        )
+    spare = text_encoder.vocab_size - tokenizer.vocab_size
+    if not 0 <= spare < MOST_SPARE:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the text encoder knows {text_encoder.vocab_size}: "
+            "it is another model's"
+        )
 
 
 # --- loading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CheckedFolder:
+    """A model whose files are all there and fit each other; not one tensor of them has been read. Raises `UserError`
+    for parts that do not."""
+
+    path: epath.Path
+    components: Mapping[str, CheckedComponent]  # by folder, "transformer_2" where there are two experts
+    tokenizer: Tokenizer
+    scheduler: SchedulerDefaults
+    defaults: SamplingDefaults
+    boundary: float | None
+
+    def __post_init__(self) -> None:
+        try:
+            configs = {family.name: self.components[family.folder].config for family in FAMILIES}
+            check_fit(configs[TRANSFORMER.name], configs[AUTOENCODER.name], configs[TEXT_ENCODER.name], self.tokenizer)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
+
+    @property
+    def two_experts(self) -> bool:
+        return SECOND in self.components
+
+    def load(
+        self,
+        *,
+        mesh: Mesh | None = None,
+        dtype: DTypeLike | None = jnp.float32,
+        on_host: Collection[str] = (),
+        progress: Progress | None = None,
+    ) -> ModelFolder:
+        """The model; arguments as those of `load_folder`."""
+        hosted = {*on_host, TRANSFORMER.folder, SECOND} if self.two_experts else {*on_host}
+        params = load_all(self.components, hosted, mesh=mesh, dtype=dtype, progress=progress)
+        return ModelFolder(
+            self.components[TRANSFORMER.folder].config,
+            params[TRANSFORMER.folder],
+            self.components[AUTOENCODER.folder].config,
+            params[AUTOENCODER.folder],
+            self.components[TEXT_ENCODER.folder].config,
+            params[TEXT_ENCODER.folder],
+            self.tokenizer,
+            self.scheduler,
+            self.defaults,
+            self.path,
+            params.get(SECOND),
+            self.boundary,
+        )
 
 
 def load_folder(
@@ -97,6 +158,11 @@ def load_folder(
     Raises `UserError`, naming file and tensor, for anything in it that is missing, damaged or not supported: before
     the first tensor is read.
     """
+    return open_folder(path).load(mesh=mesh, dtype=dtype, on_host=on_host, progress=progress)
+
+
+def open_folder(path: epath.PathLike) -> CheckedFolder:
+    """What `load_folder` loads; raises as it does."""
     path = epath.Path(path)
     if not (path / INDEX).exists():
         raise UserError(f"{path} is not a model folder: it has no {INDEX}")
@@ -105,31 +171,14 @@ def load_folder(
     tokenizer = load_tokenizer(path / "tokenizer")
     scheduler = parse_json(path / "scheduler" / "scheduler_config.json", SchedulerDefaults.from_dict)
     defaults = parse_json(path / OURS, SamplingDefaults.from_dict) if (path / OURS).exists() else None
-    hosted = {*on_host, TRANSFORMER.folder, SECOND} if index.two_experts else {*on_host}
     opened = {family.folder: open_component(path / family.folder, family) for family in FAMILIES}
     transformer_config = opened[TRANSFORMER.folder].config
     if index.two_experts:
         opened[SECOND] = open_component(path / SECOND, TRANSFORMER)
         if opened[SECOND].config != transformer_config:
             raise UserError(f"{path}: transformer and transformer_2 have different configs")
-    params = load_all(opened, hosted, mesh=mesh, dtype=dtype, progress=progress)
-    try:
-        return ModelFolder(
-            transformer_config,
-            params[TRANSFORMER.folder],
-            opened[AUTOENCODER.folder].config,
-            params[AUTOENCODER.folder],
-            opened[TEXT_ENCODER.folder].config,
-            params[TEXT_ENCODER.folder],
-            tokenizer,
-            scheduler,
-            defaults or known_defaults(transformer_config, index.two_experts, takes_frames=index.levels_per_token),
-            path,
-            params.get(SECOND),
-            index.boundary,
-        )
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    known = known_defaults(transformer_config, index.two_experts, takes_frames=index.levels_per_token)
+    return CheckedFolder(path, opened, tokenizer, scheduler, defaults or known, index.boundary)
 
 
 def load_all(

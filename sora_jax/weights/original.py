@@ -29,7 +29,7 @@ from sora_jax.weights.component import check_component, save_params
 from sora_jax.weights.defaults import SchedulerDefaults
 from sora_jax.weights.files import new_folder, parse_json, read_json, write_json
 from sora_jax.weights.known import known_defaults
-from sora_jax.weights.layout import SECOND, ModelFolder, Progress, load_all, save_tokenizer
+from sora_jax.weights.layout import SECOND, CheckedFolder, ModelFolder, Progress, save_tokenizer
 from sora_jax.weights.safetensors_io import StoredTensor, read_header, read_headers
 from sora_jax.weights.table import Family, Row
 from sora_jax.weights.torch_file import read_torch_file
@@ -214,6 +214,11 @@ def load_original(
     progress: Progress | None = None,
 ) -> ModelFolder:
     """A folder of the authors' files; arguments as those of `load_folder`. Raises `UserError` as it does."""
+    return open_original(path).load(mesh=mesh, dtype=dtype, on_host=on_host, progress=progress)
+
+
+def open_original(path: epath.Path) -> CheckedFolder:
+    """What `load_original` loads; raises as it does."""
     folders = [path / name for name in EXPERTS] if (path / EXPERTS[0]).exists() else [path]
     configs = [parse_json(folder / CONFIG, read_config) for folder in folders]
     if configs[0] != configs[-1]:
@@ -239,20 +244,12 @@ def load_original(
         ORIGINAL_AUTOENCODER, autoencoder_config, _tensors(autoencoder_file), autoencoder_file
     )
     opened[TEXT_ENCODER.folder] = check_component(ORIGINAL_TEXT_ENCODER, text_config, text_tensors, text_file)
-    hosted = {*on_host, TRANSFORMER.folder, SECOND} if two else {*on_host}
-    params = load_all(opened, hosted, mesh=mesh, dtype=dtype, progress=progress)
-    return ModelFolder(
-        configs[0],
-        params[TRANSFORMER.folder],
-        autoencoder_config,
-        params[AUTOENCODER.folder],
-        text_config,
-        params[TEXT_ENCODER.folder],
+    return CheckedFolder(
+        path,
+        opened,
         tokenizer,
         SchedulerDefaults("unipc", _shift(configs[0], two)),
         known_defaults(configs[0], two, takes_frames=takes_frames),
-        path,
-        params.get(SECOND),
         BOUNDARY if two else None,
     )
 
