@@ -13,8 +13,8 @@ from sora_jax import runtime
 from sora_jax.errors import UserError
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.sharding import gather
-from sora_jax.weights.layout import INDEX, CheckedFolder, ModelFolder, Progress, open_folder
-from sora_jax.weights.original import is_original, open_original
+from sora_jax.weights.layout import INDEX, ModelFolder, Progress
+from sora_jax.weights.original import open_model
 from sora_jax.weights.shipped import find_model
 from sora_jax.weights.umt5 import TEXT_ENCODER
 from sora_jax.weights.wan import AUTOENCODER, TRANSFORMER
@@ -57,13 +57,6 @@ def load_model(
     if lora:
         folder = with_loras(folder, lora)
     return folder, folder.defaults.version or path.name
-
-
-def open_model(path: epath.Path) -> CheckedFolder | None:
-    """The model folder at `path`, in either layout, checked; None where there is none."""
-    if (path / INDEX).exists():
-        return open_folder(path)
-    return open_original(path) if is_original(path) else None
 
 
 def with_loras(folder: ModelFolder, lora: Mapping[str, float]) -> ModelFolder:

@@ -31,7 +31,7 @@ from sora_jax.models.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.weights.component import FORMAT_VERSION, CheckedComponent, open_component, save_component
 from sora_jax.weights.defaults import SCHEDULERS, SamplingDefaults, SchedulerDefaults
-from sora_jax.weights.files import new_folder, parse_json, read_json, write_json
+from sora_jax.weights.files import new_folder, parse_json, read_json, read_text, write_json
 from sora_jax.weights.known import known_defaults
 from sora_jax.weights.umt5 import TEXT_ENCODER
 from sora_jax.weights.wan import AUTOENCODER, TRANSFORMER
@@ -217,10 +217,15 @@ def read_index(path: epath.Path) -> Index:
     index = read_json(path / INDEX)
     if (name := index.get("_class_name")) != "WanPipeline":
         raise UserError(f'{path / INDEX} describes a "{name}"; known: WanPipeline (text to video of Wan 2.1 and 2.2)')
+
+    def class_of(folder: str) -> Any:
+        entry = index.get(folder)  # [library, class], or nothing
+        return entry[1] if isinstance(entry, list) and len(entry) == 2 else entry or None
+
     for family in FAMILIES:
-        if (found := (index.get(family.folder) or [None, None])[1]) != family.name:
+        if (found := class_of(family.folder)) != family.name:
             raise UserError(f'{path / INDEX} has "{found}" as {family.folder}, not {family.name}')
-    second = (index.get(SECOND) or [None, None])[1]
+    second = class_of(SECOND)
     if second not in (None, TRANSFORMER.name):
         raise UserError(f'{path / INDEX} has "{second}" as {SECOND}, not {TRANSFORMER.name}')
     boundary = index.get("boundary_ratio")
@@ -228,6 +233,8 @@ def read_index(path: epath.Path) -> Index:
         raise UserError(
             f"{path / INDEX}: {SECOND} and boundary_ratio, the level it begins at, go together; one is missing"
         )
+    if boundary is not None and not (isinstance(boundary, float | int) and 0 <= boundary <= 1):
+        raise UserError(f"{path / INDEX}: boundary_ratio must lie in [0, 1], not {boundary!r}")
     return Index(second is not None, boundary, bool(index.get("expand_timesteps")))
 
 
@@ -243,7 +250,7 @@ def load_tokenizer(folder: epath.Path) -> Tokenizer:
             f'{folder / "tokenizer_config.json"} describes a "{kind}", and tokenizer.json, its pieces, is missing'
         )
     try:
-        return SubwordTokenizer.from_files(pieces.read_text(), values)
+        return SubwordTokenizer.from_files(read_text(pieces), values)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 
