@@ -29,7 +29,7 @@ from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.text_encoder import TextEncoderConfig
 from sora_jax.models.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer
 from sora_jax.models.transformer import TransformerConfig
-from sora_jax.weights.component import FORMAT_VERSION, CheckedComponent, open_component, save_component
+from sora_jax.weights.component import FORMAT_VERSION, CheckedComponent, open_component, read_config, save_component
 from sora_jax.weights.defaults import SCHEDULERS, SamplingDefaults, SchedulerDefaults
 from sora_jax.weights.files import new_folder, parse_json, read_json, read_text, write_json
 from sora_jax.weights.known import known_defaults
@@ -93,6 +93,18 @@ def check_fit(
 # --- loading -------------------------------------------------------------------------------------------------------
 
 
+class FolderConfigs(NamedTuple):
+    """What the small files of a folder say."""
+
+    transformer: TransformerConfig
+    autoencoder: AutoencoderConfig
+    text_encoder: TextEncoderConfig
+    tokenizer: Tokenizer
+    scheduler: SchedulerDefaults
+    defaults: SamplingDefaults
+    two_experts: bool
+
+
 @dataclass(frozen=True)
 class CheckedFolder:
     """A model whose files are all there and fit each other; not one tensor of them has been read. Raises `UserError`
@@ -107,14 +119,19 @@ class CheckedFolder:
 
     def __post_init__(self) -> None:
         try:
-            configs = {family.name: self.components[family.folder].config for family in FAMILIES}
-            check_fit(configs[TRANSFORMER.name], configs[AUTOENCODER.name], configs[TEXT_ENCODER.name], self.tokenizer)
+            check_fit(*self.configs[:4])
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
 
     @property
     def two_experts(self) -> bool:
         return SECOND in self.components
+
+    @property
+    def configs(self) -> FolderConfigs:
+        transformer, autoencoder, text_encoder = (self.components[family.folder].config for family in FAMILIES)
+        files = (self.tokenizer, self.scheduler, self.defaults)
+        return FolderConfigs(transformer, autoencoder, text_encoder, *files, self.two_experts)
 
     def load(
         self,
@@ -167,18 +184,27 @@ def open_folder(path: epath.PathLike) -> CheckedFolder:
     if not (path / INDEX).exists():
         raise UserError(f"{path} is not a model folder: it has no {INDEX}")
     index = read_index(path)
-    # the small files first: what they have to say should not wait for gigabytes
+    found = read_configs(path)  # the small files first: what they have to say should not wait for gigabytes
+    opened = {family.folder: open_component(path / family.folder, family) for family in FAMILIES}
+    if index.two_experts:
+        opened[SECOND] = open_component(path / SECOND, TRANSFORMER)
+        if opened[SECOND].config != found.transformer:
+            raise UserError(f"{path}: transformer and transformer_2 have different configs")
+    return CheckedFolder(path, opened, found.tokenizer, found.scheduler, found.defaults, index.boundary)
+
+
+def read_configs(path: epath.Path) -> FolderConfigs:
+    """What the folder's small files say; its weights need not be there. Raises `UserError` as `load_folder`."""
+    index = read_index(path)
     tokenizer = load_tokenizer(path / "tokenizer")
     scheduler = parse_json(path / "scheduler" / "scheduler_config.json", SchedulerDefaults.from_dict)
     defaults = parse_json(path / OURS, SamplingDefaults.from_dict) if (path / OURS).exists() else None
-    opened = {family.folder: open_component(path / family.folder, family) for family in FAMILIES}
-    transformer_config = opened[TRANSFORMER.folder].config
-    if index.two_experts:
-        opened[SECOND] = open_component(path / SECOND, TRANSFORMER)
-        if opened[SECOND].config != transformer_config:
-            raise UserError(f"{path}: transformer and transformer_2 have different configs")
-    known = known_defaults(transformer_config, index.two_experts, takes_frames=index.levels_per_token)
-    return CheckedFolder(path, opened, tokenizer, scheduler, defaults or known, index.boundary)
+    transformer, autoencoder, text_encoder = (
+        read_config(path / family.folder / "config.json", family) for family in FAMILIES
+    )
+    known = known_defaults(transformer, index.two_experts, takes_frames=index.levels_per_token)
+    files = (tokenizer, scheduler, defaults or known)
+    return FolderConfigs(transformer, autoencoder, text_encoder, *files, index.two_experts)
 
 
 def load_all(
