@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from sora_jax import cli
@@ -21,11 +22,15 @@ from sora_jax.commands import jobs as asked
 from sora_jax.config import load_config
 from sora_jax.data.world import heldout_prompts
 from sora_jax.data.world.words import world_prompts, world_words
+from sora_jax.errors import UserError
 from sora_jax.evaluation import continuation, filters
 from sora_jax.pipeline import Pipeline
 from sora_jax.record import Record
 from sora_jax.video import Video
 from sora_jax.vocabulary import nearest_prompt, unknown_words, words_of
+from sora_jax.weights import original
+from sora_jax.weights.layout import load_folder
+from sora_jax.weights.original import save_original
 
 
 def run(capsys, *argv: object) -> tuple[int, str, list[str]]:
@@ -121,6 +126,53 @@ def test_a_whole_model_is_verified(capsys, tiny_model):
     assert by_name["vae"]["largest"] == pytest.approx(np.abs(everything).max())
     assert by_name["vae"]["deviation"] == pytest.approx(everything.std(), rel=1e-4)
     assert by_name["vae"]["dtypes"] == ["BF16"]
+
+
+WAN = Path(__file__).parent / "fixtures" / "wan_t2v"
+
+
+def test_the_authors_files_are_verified_too(capsys, tmp_path, monkeypatch):
+    """The same numbers under the authors' names: only the hash, which names go into, is another."""
+    model = load_folder(WAN)
+    save_original(tmp_path / "model", model)
+    monkeypatch.setattr(original, "AUTOENCODERS", {"Wan2.1_VAE": model.autoencoder_config})  # a name stands for sizes
+    found = []
+    for path in (WAN, tmp_path / "model"):
+        code, out, _ = run(capsys, "verify-model", path, "--json")
+        assert code == 0
+        components = json.loads(out)["components"]
+        found.append({one.pop("component"): one for one in components})
+        assert all(one.pop("sha256") and one.pop("tensors") for one in components)
+    for name, one in found[0].items():
+        assert found[1][name].pop("deviation") == pytest.approx(one.pop("deviation"), rel=1e-6)  # another order of sums
+        assert found[1][name] == one
+    (tmp_path / "model" / "Wan2.1_VAE.safetensors").unlink()
+    code, out, err = run(capsys, "verify-model", tmp_path / "model")
+    assert (code, out, "should hold one file of the autoencoder" in err[-1]) == (2, "", True)
+    (tmp_path / "empty").mkdir()
+    code, out, err = run(capsys, "verify-model", tmp_path / "empty")
+    assert (code, out, "is not a model folder" in err[-1]) == (2, "", True)
+
+
+def test_sizes_of_the_authors_files_that_cannot_be_are_refused(tmp_path):
+    save_original(tmp_path / "model", load_folder(WAN))
+    path = epath.Path(tmp_path / "model")
+    config, text = path / "config.json", path / "models_t5_umt5-xxl-enc.safetensors"
+    written = json.loads(config.read_text())
+    for heads in (0, 5):  # of a width of 24
+        config.write_text(json.dumps(written | {"num_heads": heads}))
+        with pytest.raises(UserError, match=f"dim 24 is not shared evenly by num_heads {heads}"):
+            original.open_original(path)
+    config.write_text(json.dumps(written))
+    tensors = load_file(text)
+    for name, other in (
+        ("token_embedding.weight", np.ones(5, np.float32)),
+        ("blocks.0.pos_embedding.embedding.weight", np.ones((32, 0), np.float32)),
+        ("blocks.0.ffn.fc1.weight", np.array(1, np.float32)),
+    ):
+        save_file(tensors | {name: other}, text)
+        with pytest.raises(UserError, match="is not a UMT5 encoder: its tensors have other axes"):
+            original.open_original(path)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from sora_jax.shapes import Extent, Stride
 from sora_jax.tokens.patchify import patchify, unpatchify
 from sora_jax.weights.defaults import SamplingDefaults, SchedulerDefaults
 from sora_jax.weights.layout import ModelFolder, save_folder
+from sora_jax.weights.shipped import HUB_CONFIGS, HUB_FILES, find_model
 
 
 def random_params(make):
@@ -356,6 +357,24 @@ def test_a_hub_name_says_what_it_takes(monkeypatch, tmp_path):
     (tmp_path / "runs").mkdir()
     with pytest.raises(UserError, match="unknown model 'runs/wrold'"):  # a path, as its folder shows
         Pipeline.load("runs/wrold")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append(allow_patterns)
+        raise hub.errors.LocalEntryNotFoundError("an address\nand more lines")
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    monkeypatch.chdir(tmp_path)
+    for files in (HUB_FILES, HUB_CONFIGS):
+        with pytest.raises(UserError, match="the Hugging Face hub cannot be reached: check the network") as error:
+            find_model("nobody/nothing", files)
+        assert "\n" not in str(error.value)
+    assert any("safetensors" in pattern for pattern in asked[0])
+    assert not any("safetensors" in pattern for pattern in asked[1]), "a plan fetches no weights"
 
 
 def test_unknown_model_names_the_shipped_ones():

@@ -6,6 +6,8 @@ import dataclasses
 import datetime as dt
 import json
 import math
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +25,12 @@ from sora_jax.bench.targets import PRODUCTS, find_target
 from sora_jax.commands.plan import loader_cost
 from sora_jax.config import from_dict, load_config, override
 from sora_jax.errors import UserError
+from sora_jax.pipeline import Pipeline
 from sora_jax.shapes import Extent, Stride
 from sora_jax.sharding import make_mesh
+from sora_jax.weights.component import config_header
+from sora_jax.weights.umt5 import TEXT_ENCODER
+from sora_jax.weights.wan import AUTOENCODER, TRANSFORMER
 
 GIB = 2**30
 ONE = find_target(None, 80.0)
@@ -343,6 +349,79 @@ def test_the_command_prints_a_table_or_json(capsys):
     assert report["tokens"] == 21 * 22 * 40
     assert report["fits"] is False
     assert any("--offload" in line for line in report["advice"])
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def folder_of(name: str, path: Path) -> Path:
+    """The small files of a model of the config `name`, without its weights."""
+    config, of = load_config(name), FIXTURES / ("wan_ti2v" if name == "wan_5b" else "wan_t2v")
+    index = json.loads((of / "model_index.json").read_text())
+    if name == "wan_a14b":
+        index |= {"transformer_2": index["transformer"], "boundary_ratio": 0.875}
+    parts = ((TRANSFORMER, config.transformer), (AUTOENCODER, config.autoencoder), (TEXT_ENCODER, config.text_encoder))
+    for family, sizes in parts:
+        (path / family.folder).mkdir(parents=True)
+        values = config_header(family, "float32") | family.write_config(sizes)
+        (path / family.folder / "config.json").write_text(json.dumps(values))
+    for folder in ("tokenizer", "scheduler"):
+        shutil.copytree(of / folder, path / folder)
+    (path / "model_index.json").write_text(json.dumps(index))
+    return path
+
+
+@pytest.mark.parametrize("name", ["wan_1_3b", "wan_14b", "wan_a14b", "wan_5b"])
+@pytest.mark.parametrize("flags", [("--hbm", "80", "--sample"), ("--hbm", "80", "--batch-size", "1")])
+def test_a_models_folder_is_planned_as_its_config_is(name: str, flags: tuple[str, ...], tmp_path: Path, capsys):
+    reports = []
+    for of in (("--config", name), ("--model", str(folder_of(name, tmp_path / "model")))):
+        assert cli.main(["plan", *of, *flags, "--json"]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert reports[0] == reports[1]
+
+
+def test_the_parts_of_sampling_are_parameters_in_bfloat16(tmp_path: Path, capsys):
+    """The published counts of the 1.3B and of both autoencoders, the sum of UMT5-XXL's matrices."""
+    d, heads, ff, layers, vocabulary = 4096, 64, 10240, 24, 256384
+    umt5 = vocabulary * d + layers * (4 * d * d + 3 * d * ff + 2 * d + 32 * heads) + d
+    for name, transformer, autoencoder in (
+        ("wan_1_3b", 1_418_996_800, 126_892_531),
+        ("wan_5b", 4_999_787_712, 704_688_668),
+    ):
+        flags = ["--config", name, "--sample", "--hbm", "80", "--json"]
+        assert cli.main(["plan", *flags]) == 0
+        parts = json.loads(capsys.readouterr().out)["parts"]
+        found = {part: parts[part] for part in ("transformer", "text encoder", "autoencoder")}
+        assert found == {"transformer": 2 * transformer, "text encoder": 2 * umt5, "autoencoder": 2 * autoencoder}
+        assert cli.main(["plan", *flags, "--offload"]) == 0
+        assert set(json.loads(capsys.readouterr().out)["parts"]) == {"transformer", "the step itself"}
+
+
+def test_a_shipped_model_and_its_size_are_planned(capsys):
+    assert cli.main(["plan", "--model", "world", "--sample", "--hbm", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    folder = Pipeline.load("world").folder
+    assert report["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(folder.transformer))
+    assert report["tokens"] == 5 * 4 * 4  # 17 frames of 64x64
+
+
+def test_what_is_no_model_is_not_planned(tmp_path: Path, capsys):
+    (tmp_path / "empty").mkdir()
+    broken = folder_of("wan_1_3b", tmp_path / "broken")
+    (broken / "vae" / "config.json").unlink()
+    for flags, says in (
+        (["--model", str(tmp_path / "empty")], "is no model: it has no model_index.json"),
+        (["--model", str(tmp_path / "none")], "unknown model"),
+        (["--model", str(broken)], "vae/config.json is missing"),
+        (["--model", "world", "--config", "world"], "not allowed with"),
+        ([], "one of the arguments --config --model is required"),
+        (["--model", "world", "--sample", "--frames", "0"], "0 frames cannot be made"),
+        (["--config", "world", "--hbm", "inf"], "--hbm must be > 0 and finite"),
+    ):
+        assert cli.main(["plan", *flags, *(["--hbm", "16"] if "--hbm" not in flags else [])]) == 2
+        out, err = capsys.readouterr()
+        assert (out, says in err.splitlines()[-1]) == ("", True), err
 
 
 @pytest.mark.parametrize(

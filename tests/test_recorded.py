@@ -94,6 +94,9 @@ def test_tokenizer_files_that_are_not_umt5s_are_refused():
         ("{", {}, "tokenizer.json cannot be read"),
         (definition, {"eos_token": "<end>"}, 'has no eos_token "<end>"'),
         (definition, {"eos_token": {"content": "<pad>"}}, "does not end a text with its eos_token"),
+        (definition, {"eos_token": 3}, "names no eos_token, but 3"),
+        (definition, {"eos_token": {}}, "names no eos_token, but {}"),
+        (definition, {"model_max_length": "many"}, "model_max_length must be a number >= 1, not 'many'"),
     ):
         with pytest.raises(UserError, match=says):
             SubwordTokenizer.from_files(text, config)

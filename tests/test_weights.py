@@ -302,6 +302,15 @@ def test_a_file_cut_anywhere_is_refused(text_encoder):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "Git LFS pointer"),
         ((20).to_bytes(8, "little") + b'{"a":{"shape":[1]}} ', "header is damaged"),
         ((2).to_bytes(8, "little") + b"[]", "header is damaged"),
+        *(
+            (len(header).to_bytes(8, "little") + header, "header is damaged")
+            for header in (
+                b'{"a":{"dtype":"F32","shape":"ab","data_offsets":[0,4]}}',
+                b'{"a":{"dtype":"F32","shape":["b"],"data_offsets":[0,4]}}',
+                b'{"a":{"dtype":"F32","shape":[1.5],"data_offsets":[0,4]}}',
+                b'{"a":{"dtype":"F32","shape":[1],"data_offsets":["0","4"]}}',
+            )
+        ),
         (b"PK\x03\x04" + b"\0" * 4 + b"\xff" * 90, "not a safetensors file"),
     ],
 )
@@ -317,6 +326,16 @@ def test_other_files_are_refused(text_encoder, content, message):
     [
         ("model_index.json", {"_class_name": "FluxPipeline"}, 'describes a "FluxPipeline"; known: WanPipeline'),
         ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, 'has "AutoencoderKL" as vae'),
+        ("model_index.json", {"vae": ["AutoencoderKLWan"]}, "as vae, not AutoencoderKLWan"),
+        ("model_index.json", {"transformer_2": 3}, 'has "3" as transformer_2'),
+        (
+            "model_index.json",
+            {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": "high"},
+            r"boundary_ratio must lie in \[0, 1\], not 'high'",
+        ),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": "many"}, "wrong type|must be a number >= 1"),
+        ("scheduler/scheduler_config.json", {"flow_shift": "far"}, "value of the wrong type.*'far'"),
+        ("transformer/config.json", {"patch_size": "abc"}, "patch_size must be three whole numbers > 0, not 'abc'"),
         (
             "model_index.json",
             {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
@@ -369,6 +388,15 @@ def test_missing_and_broken_files_are_named(tmp_path):
     (tmp_path / "vae" / "config.json").unlink()
     with pytest.raises(UserError, match=r"vae/config\.json is missing"):
         load_folder(tmp_path)
+
+
+def test_an_index_of_shards_that_lists_none_is_refused(text_encoder):
+    folder, _ = text_encoder
+    (folder / "model.safetensors").unlink()
+    for listed in ({}, {"weight_map": []}, {"weight_map": {WO: 3}}):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(listed))
+        with pytest.raises(UserError, match=r"index\.json has no weight_map of tensors to files"):
+            load_component(folder, TEXT_ENCODER)
 
 
 @dataclasses.dataclass(frozen=True)

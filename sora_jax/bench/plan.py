@@ -32,6 +32,7 @@ from sora_jax.bench.memo import compilers, remembered
 from sora_jax.bench.programs import (
     Program,
     TrainingProgram,
+    autoencoder_config,
     autoencoder_program,
     peak_bytes,
     placed_shapes,
@@ -41,6 +42,7 @@ from sora_jax.bench.programs import (
 from sora_jax.bench.targets import Target
 from sora_jax.config import Config
 from sora_jax.errors import UserError
+from sora_jax.models.autoencoder import Autoencoder
 from sora_jax.models.structure import shapes_of
 from sora_jax.models.transformer import Transformer
 from sora_jax.runtime import compute_dtype, cpu_fingerprint
@@ -150,12 +152,15 @@ def plan_sampling(
     offload: bool = False,
     again: bool = False,
 ) -> Plan:
-    """A guided solver step of `rows` videos, beside the text encoder unless that is offloaded, all in bfloat16."""
+    """A guided solver step of `rows` videos, beside text encoder and autoencoder unless these are offloaded, all in
+    bfloat16. Of two experts the one at work is on the devices, the other on the host."""
     mesh = _mesh(target, mesh_sizes)
     if rows > 1:
         _check_rows(rows, mesh)
     dtype = _dtype(target)
     transformer, text = (_weights(config, name, mesh, dtype) for name in ("transformer", "text_encoder"))
+    make = lambda rngs: Autoencoder(autoencoder_config(config), rngs=rngs)  # noqa: E731
+    autoencoder = bytes_per_device(placed_shapes(shapes_of(make), mesh, dtype))
     program = sampling_program(config, mesh, dtype, rows)
     return _finish(
         config,
@@ -165,7 +170,7 @@ def plan_sampling(
         rows,
         module_sizes(config)["transformer"],
         sampling_flops(program, _platform(target)),
-        parts={"transformer": transformer} | ({} if offload else {"text encoder": text}),
+        parts={"transformer": transformer} | ({} if offload else {"text encoder": text, "autoencoder": autoencoder}),
         reckoned=int(2 * rows * reckon.layer_activations(config.transformer, config.data.row_tokens, dtype)),
         again=again,
     )
@@ -191,8 +196,9 @@ def _finish(
     arguments, peak = sum(parts.values()), sum(parts.values()) + reckoned
     if target.devices is not None:
         compiled, compiled_on = _ask_compiler(program, target, again)
-        # The text encoder lies on the devices while the steps are made, and is no argument of them.
-        peak = compiled["peak"] + parts.get("text encoder", 0) * (not compiled["refused"])
+        # Text encoder and autoencoder lie on the devices while the steps are made, and are no arguments of them.
+        beside = sum(parts.get(name, 0) for name in ("text encoder", "autoencoder"))
+        peak = compiled["peak"] + beside * (not compiled["refused"])
         arguments = compiled["arguments"] or arguments
     parts = parts | {"the step itself": max(peak - sum(parts.values()), 0)}
     # What a step reads at least once: all that lies there; training writes it again, and what it keeps meanwhile too.
@@ -255,7 +261,7 @@ def _advice(config: Config, mesh: Mesh, parts: Mapping[str, int], program: str) 
     else:
         advice.append("split the parameters over more devices: --mesh fsdp=N")
     if "text encoder" in parts:
-        advice.append("keep the text encoder on the host while the steps are made: --offload")
+        advice.append("keep text encoder and autoencoder on the host while the steps are made: --offload")
     if "weights" in parts and config.train.learns == "all":
         advice.append("learn less: --config.train.learns=transformer keeps the text encoder, lora all but adapters")
     elif config.train.learns == "transformer" and "weights" in parts:

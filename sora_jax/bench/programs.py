@@ -21,7 +21,7 @@ from sora_jax import sharding
 from sora_jax.config import Config
 from sora_jax.diffusion.guidance import classifier_free_guidance, guided_condition
 from sora_jax.diffusion.sampler import SamplerState, denoise, find_solver
-from sora_jax.models.autoencoder import Autoencoder
+from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sora_jax.models.structure import parameters_of, shapes_of, structure_of
 from sora_jax.models.transformer import model_time
 from sora_jax.shapes import Condition, Stride
@@ -129,10 +129,14 @@ def autoencoder_program(config: Config, mesh: Mesh, dtype: jnp.dtype) -> Trainin
 
 
 def autoencoder_stride(config: Config) -> Stride:
+    return autoencoder_config(config).stride
+
+
+def autoencoder_config(config: Config) -> AutoencoderConfig:
     """Of the autoencoder that the config names, where it is at hand; else of the one it describes."""
     folder = epath.Path(shipped_models().get(config.data.autoencoder, config.data.autoencoder)) / AUTOENCODER.folder
     described = read_config(folder / "config.json", AUTOENCODER) if (folder / "config.json").exists() else None
-    return (described or config.autoencoder).stride
+    return described or config.autoencoder
 
 
 def placed_shapes(params: Any, mesh: Mesh, dtype: jnp.dtype) -> Any:

@@ -21,14 +21,24 @@ EXAMPLES = """
     sora-jax plan --config wan_14b --topology 2xv6e-256 --mesh dcn_data=2,fsdp=64,sequence=4
     sora-jax plan --config wan_5b --sample --topology v6e-64 --seconds 10 --batch-size 8 --mesh fsdp=8,sequence=8
     sora-jax plan --config wan_1_3b --sample --hbm 24
+    sora-jax plan --model Wan-AI/Wan2.1-T2V-14B-Diffusers --sample --hbm 80 --offload
     sora-jax plan --config world --topology local --json
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="NAME|PATH", help="a config's name or .py file")
+    of = parser.add_mutually_exclusive_group(required=True)
+    of.add_argument("--config", metavar="NAME|PATH", help="a config's name or .py file")
+    of.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="a model folder, a workdir, a shipped name or one on the hub, of which no weights are fetched: sampled "
+        "as it says itself, or its transformer tuned as the config wan_1_3b does",
+    )
     parser.add_argument("--sample", action="store_true", help="a guided solver step in place of a train step")
-    parser.add_argument("--offload", action="store_true", help="of sampling: the text encoder waits on the host")
+    parser.add_argument(
+        "--offload", action="store_true", help="of sampling: text encoder and autoencoder wait on the host"
+    )
     where = parser.add_argument_group("where")
     where.add_argument(
         "--topology",
@@ -59,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from sora_jax import config as configs
+    from sora_jax.bench.model_config import config_of_model
     from sora_jax.bench.plan import plan_sampling, plan_training, with_size
     from sora_jax.bench.programs import autoencoder_stride
     from sora_jax.bench.search import search_sampling, search_training
@@ -66,11 +77,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sora_jax.shapes import Extent, frames_for_seconds
 
     overrides = [*args.overrides, *([f"transformer.remat={args.remat}"] if args.remat else [])]
-    config = configs.load_config(args.config, overrides)
+    name = args.model or args.config
+    config = config_of_model(name, overrides) if args.model else configs.load_config(name, overrides)
     if config.train.stage == "text":
-        raise UserError(f"{args.config} is of the stage text: the diffusion and autoencoder stages are planned")
+        raise UserError(f"{name} is of the stage text: the diffusion and autoencoder stages are planned")
     if args.sample and config.train.stage != "diffusion":
-        raise UserError(f"{args.config} is of the stage {config.train.stage}, and --sample plans a diffusion model")
+        raise UserError(f"{name} is of the stage {config.train.stage}, and --sample plans a diffusion model")
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {args.batch_size}")
     mesh = parse_mesh(args.mesh) if args.mesh else {}
@@ -83,7 +95,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     sizes = (frames, args.height, args.width)
     if any(size is not None for size in sizes) or args.batch_size is not None or args.sample:
         data = config.data
-        extent = Extent(frames or data.frames, args.height or data.height, args.width or data.width)
+        asked = zip(sizes, (data.frames, data.height, data.width), strict=True)
+        extent = Extent(*(planned if size is None else size for size, planned in asked))
         config = with_size(config, stride, extent, args.batch_size)
     target = find_target(args.topology, args.hbm)
     tried = None
@@ -104,7 +117,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         made = plan_training(config, target, mesh, again=args.again)
     loader = None if args.sample or config.train.stage != "diffusion" else loader_cost(config, made, args.again)
     if not args.json:
-        print(table(args.config, made, loader))
+        print(table(name, made, loader))
     return dataclasses.asdict(made) | {"loader": loader} | ({"tried": tried} if tried else {})
 
 

@@ -124,7 +124,9 @@ class SubwordTokenizer:
 
     def _special(self, key: str, usual: str) -> int:
         token = self.config.get(key, usual)
-        name = token["content"] if isinstance(token, Mapping) else token  # a description of the token, or its name
+        name = token.get("content") if isinstance(token, Mapping) else token  # a description of the token, or its name
+        if not isinstance(name, str):
+            raise UserError(f"tokenizer_config.json names no {key}, but {token!r}")
         if (found := self._pieces.token_to_id(name)) is None:
             raise UserError(f'tokenizer.json has no {key} "{name}"')
         return found
@@ -151,6 +153,8 @@ class SubwordTokenizer:
         """From the texts of tokenizer.json and tokenizer_config.json. Raises `UserError` when they are not UMT5's kind:
         a text must end with the end-of-text id."""
         limit = config.get("model_max_length", WAN_TEXT_LENGTH)
+        if not isinstance(limit, int | float) or not limit >= 1:
+            raise UserError(f"tokenizer_config.json: model_max_length must be a number >= 1, not {limit!r}")
         made = cls(definition, dict(config), int(min(limit, WAN_TEXT_LENGTH)))
         if made._pieces.encode("a").ids[-1] != made.eos_id:
             raise UserError("tokenizer.json does not end a text with its eos_token: it is not UMT5's")

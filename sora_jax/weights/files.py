@@ -30,6 +30,14 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     return values
 
 
+def read_text(path: epath.Path) -> str:
+    """Of a file that is there; one that is not text is a `UserError` that names it."""
+    try:
+        return path.read_text()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text") from None
+
+
 def parse_json(path: epath.Path, parse: Callable[[dict[str, Any]], T]) -> T:
     """The dataclass that `parse` makes of a JSON object; its `UserError` gets the file's name in front.
 
@@ -40,7 +48,7 @@ def parse_json(path: epath.Path, parse: Callable[[dict[str, Any]], T]) -> T:
         parsed = parse(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except TypeError as error:  # no list where one belongs, and the like
+    except (TypeError, ValueError) as error:  # no list where one belongs, and the like
         raise UserError(f"{path} has a value of the wrong type: {str(error).splitlines()[0]}") from None
     for field in dataclasses.fields(parsed):  # type: ignore[arg-type]
         value, kind = getattr(parsed, field.name), type(field.default)

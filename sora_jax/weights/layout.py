@@ -29,9 +29,9 @@ from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.text_encoder import TextEncoderConfig
 from sora_jax.models.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer
 from sora_jax.models.transformer import TransformerConfig
-from sora_jax.weights.component import FORMAT_VERSION, CheckedComponent, open_component, save_component
+from sora_jax.weights.component import FORMAT_VERSION, CheckedComponent, open_component, read_config, save_component
 from sora_jax.weights.defaults import SCHEDULERS, SamplingDefaults, SchedulerDefaults
-from sora_jax.weights.files import new_folder, parse_json, read_json, write_json
+from sora_jax.weights.files import new_folder, parse_json, read_json, read_text, write_json
 from sora_jax.weights.known import known_defaults
 from sora_jax.weights.umt5 import TEXT_ENCODER
 from sora_jax.weights.wan import AUTOENCODER, TRANSFORMER
@@ -40,6 +40,7 @@ INDEX = "model_index.json"
 SECOND = "transformer_2"
 OURS = "sora_jax.json"
 FAMILIES = (TRANSFORMER, AUTOENCODER, TEXT_ENCODER)
+MOST_SPARE = 1024  # ids of a text encoder that its tokenizer does not make: UMT5's 84 round its rows up
 Progress = Callable[[str, int, int], None]
 """`progress(stage, done, total)`: bytes of "load", steps of "denoise", frames of "decode"."""
 
@@ -62,24 +63,101 @@ class ModelFolder:
     boundary: float | None = None
 
     def __post_init__(self) -> None:
-        if self.transformer_config.text_dim != self.text_encoder_config.d_model:
-            raise UserError(
-                f"the transformer reads text of width {self.transformer_config.text_dim}, "
-                f"the text encoder makes {self.text_encoder_config.d_model}"
-            )
-        if self.transformer_config.out_channels != self.autoencoder_config.z_dim:
-            raise UserError(
-                f"the transformer makes latents of {self.transformer_config.out_channels} channels, "
-                f"the autoencoder reads {self.autoencoder_config.z_dim}"
-            )
-        if self.tokenizer.vocab_size > self.text_encoder_config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {self.tokenizer.vocab_size} ids, "
-                f"the text encoder knows {self.text_encoder_config.vocab_size}"
-            )
+        check_fit(self.transformer_config, self.autoencoder_config, self.text_encoder_config, self.tokenizer)
+
+
+def check_fit(
+    transformer: TransformerConfig,
+    autoencoder: AutoencoderConfig,
+    text_encoder: TextEncoderConfig,
+    tokenizer: Tokenizer,
+) -> None:
+    """Raises `UserError` for parts that are not of one model."""
+    if transformer.text_dim != text_encoder.d_model:
+        raise UserError(
+            f"the transformer reads text of width {transformer.text_dim}, the text encoder makes {text_encoder.d_model}"
+        )
+    if transformer.out_channels != autoencoder.z_dim:
+        raise UserError(
+            f"the transformer makes latents of {transformer.out_channels} channels, "
+            f"the autoencoder reads {autoencoder.z_dim}"
+        )
+    spare = text_encoder.vocab_size - tokenizer.vocab_size
+    if not 0 <= spare < MOST_SPARE:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the text encoder knows {text_encoder.vocab_size}: "
+            "it is another model's"
+        )
 
 
 # --- loading -------------------------------------------------------------------------------------------------------
+
+
+class FolderConfigs(NamedTuple):
+    """What the small files of a folder say."""
+
+    transformer: TransformerConfig
+    autoencoder: AutoencoderConfig
+    text_encoder: TextEncoderConfig
+    tokenizer: Tokenizer
+    scheduler: SchedulerDefaults
+    defaults: SamplingDefaults
+    two_experts: bool
+
+
+@dataclass(frozen=True)
+class CheckedFolder:
+    """A model whose files are all there and fit each other; not one tensor of them has been read. Raises `UserError`
+    for parts that do not."""
+
+    path: epath.Path
+    components: Mapping[str, CheckedComponent]  # by folder, "transformer_2" where there are two experts
+    tokenizer: Tokenizer
+    scheduler: SchedulerDefaults
+    defaults: SamplingDefaults
+    boundary: float | None
+
+    def __post_init__(self) -> None:
+        try:
+            check_fit(*self.configs[:4])
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
+
+    @property
+    def two_experts(self) -> bool:
+        return SECOND in self.components
+
+    @property
+    def configs(self) -> FolderConfigs:
+        transformer, autoencoder, text_encoder = (self.components[family.folder].config for family in FAMILIES)
+        files = (self.tokenizer, self.scheduler, self.defaults)
+        return FolderConfigs(transformer, autoencoder, text_encoder, *files, self.two_experts)
+
+    def load(
+        self,
+        *,
+        mesh: Mesh | None = None,
+        dtype: DTypeLike | None = jnp.float32,
+        on_host: Collection[str] = (),
+        progress: Progress | None = None,
+    ) -> ModelFolder:
+        """The model; arguments as those of `load_folder`."""
+        hosted = {*on_host, TRANSFORMER.folder, SECOND} if self.two_experts else {*on_host}
+        params = load_all(self.components, hosted, mesh=mesh, dtype=dtype, progress=progress)
+        return ModelFolder(
+            self.components[TRANSFORMER.folder].config,
+            params[TRANSFORMER.folder],
+            self.components[AUTOENCODER.folder].config,
+            params[AUTOENCODER.folder],
+            self.components[TEXT_ENCODER.folder].config,
+            params[TEXT_ENCODER.folder],
+            self.tokenizer,
+            self.scheduler,
+            self.defaults,
+            self.path,
+            params.get(SECOND),
+            self.boundary,
+        )
 
 
 def load_folder(
@@ -97,39 +175,36 @@ def load_folder(
     Raises `UserError`, naming file and tensor, for anything in it that is missing, damaged or not supported: before
     the first tensor is read.
     """
+    return open_folder(path).load(mesh=mesh, dtype=dtype, on_host=on_host, progress=progress)
+
+
+def open_folder(path: epath.PathLike) -> CheckedFolder:
+    """What `load_folder` loads; raises as it does."""
     path = epath.Path(path)
     if not (path / INDEX).exists():
         raise UserError(f"{path} is not a model folder: it has no {INDEX}")
     index = read_index(path)
-    # the small files first: what they have to say should not wait for gigabytes
+    found = read_configs(path)  # the small files first: what they have to say should not wait for gigabytes
+    opened = {family.folder: open_component(path / family.folder, family) for family in FAMILIES}
+    if index.two_experts:
+        opened[SECOND] = open_component(path / SECOND, TRANSFORMER)
+        if opened[SECOND].config != found.transformer:
+            raise UserError(f"{path}: transformer and transformer_2 have different configs")
+    return CheckedFolder(path, opened, found.tokenizer, found.scheduler, found.defaults, index.boundary)
+
+
+def read_configs(path: epath.Path) -> FolderConfigs:
+    """What the folder's small files say; its weights need not be there. Raises `UserError` as `load_folder`."""
+    index = read_index(path)
     tokenizer = load_tokenizer(path / "tokenizer")
     scheduler = parse_json(path / "scheduler" / "scheduler_config.json", SchedulerDefaults.from_dict)
     defaults = parse_json(path / OURS, SamplingDefaults.from_dict) if (path / OURS).exists() else None
-    hosted = {*on_host, TRANSFORMER.folder, SECOND} if index.two_experts else {*on_host}
-    opened = {family.folder: open_component(path / family.folder, family) for family in FAMILIES}
-    transformer_config = opened[TRANSFORMER.folder].config
-    if index.two_experts:
-        opened[SECOND] = open_component(path / SECOND, TRANSFORMER)
-        if opened[SECOND].config != transformer_config:
-            raise UserError(f"{path}: transformer and transformer_2 have different configs")
-    params = load_all(opened, hosted, mesh=mesh, dtype=dtype, progress=progress)
-    try:
-        return ModelFolder(
-            transformer_config,
-            params[TRANSFORMER.folder],
-            opened[AUTOENCODER.folder].config,
-            params[AUTOENCODER.folder],
-            opened[TEXT_ENCODER.folder].config,
-            params[TEXT_ENCODER.folder],
-            tokenizer,
-            scheduler,
-            defaults or known_defaults(transformer_config, index.two_experts, takes_frames=index.levels_per_token),
-            path,
-            params.get(SECOND),
-            index.boundary,
-        )
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    transformer, autoencoder, text_encoder = (
+        read_config(path / family.folder / "config.json", family) for family in FAMILIES
+    )
+    known = known_defaults(transformer, index.two_experts, takes_frames=index.levels_per_token)
+    files = (tokenizer, scheduler, defaults or known)
+    return FolderConfigs(transformer, autoencoder, text_encoder, *files, index.two_experts)
 
 
 def load_all(
@@ -168,10 +243,15 @@ def read_index(path: epath.Path) -> Index:
     index = read_json(path / INDEX)
     if (name := index.get("_class_name")) != "WanPipeline":
         raise UserError(f'{path / INDEX} describes a "{name}"; known: WanPipeline (text to video of Wan 2.1 and 2.2)')
+
+    def class_of(folder: str) -> Any:
+        entry = index.get(folder)  # [library, class], or nothing
+        return entry[1] if isinstance(entry, list) and len(entry) == 2 else entry or None
+
     for family in FAMILIES:
-        if (found := (index.get(family.folder) or [None, None])[1]) != family.name:
+        if (found := class_of(family.folder)) != family.name:
             raise UserError(f'{path / INDEX} has "{found}" as {family.folder}, not {family.name}')
-    second = (index.get(SECOND) or [None, None])[1]
+    second = class_of(SECOND)
     if second not in (None, TRANSFORMER.name):
         raise UserError(f'{path / INDEX} has "{second}" as {SECOND}, not {TRANSFORMER.name}')
     boundary = index.get("boundary_ratio")
@@ -179,6 +259,8 @@ def read_index(path: epath.Path) -> Index:
         raise UserError(
             f"{path / INDEX}: {SECOND} and boundary_ratio, the level it begins at, go together; one is missing"
         )
+    if boundary is not None and not (isinstance(boundary, float | int) and 0 <= boundary <= 1):
+        raise UserError(f"{path / INDEX}: boundary_ratio must lie in [0, 1], not {boundary!r}")
     return Index(second is not None, boundary, bool(index.get("expand_timesteps")))
 
 
@@ -194,7 +276,7 @@ def load_tokenizer(folder: epath.Path) -> Tokenizer:
             f'{folder / "tokenizer_config.json"} describes a "{kind}", and tokenizer.json, its pieces, is missing'
         )
     try:
-        return SubwordTokenizer.from_files(pieces.read_text(), values)
+        return SubwordTokenizer.from_files(read_text(pieces), values)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -22,7 +23,14 @@ from sora_jax.errors import UserError
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.weights.component import SAVE_DTYPES, abstract_params, match_rows
 from sora_jax.weights.original import ORIGINAL_TRANSFORMER
-from sora_jax.weights.safetensors_io import StoredTensor, read_header, read_metadata, tensor_reader, write_tensors
+from sora_jax.weights.safetensors_io import (
+    DTYPES,
+    StoredTensor,
+    read_header,
+    read_metadata,
+    tensor_reader,
+    write_tensors,
+)
 from sora_jax.weights.table import Family
 from sora_jax.weights.wan import TRANSFORMER
 
@@ -71,12 +79,18 @@ def read_adapters(path: epath.Path) -> dict[str, Adapter]:
             if match := PART.match(bare):
                 parts.setdefault(match[1], {})[match[2] in DOWN] = tensor
             elif bare.endswith(".alpha"):
+                if tensor.dtype not in DTYPES or math.prod(tensor.shape) != 1:
+                    raise UserError(f'{path}: "{name}" is no float number')
                 alphas[bare.removesuffix(".alpha")] = float(read(tensor).reshape(()))
             else:
                 strange.append(name)
     if strange or not parts:
         what = f'"{strange[0]}" among {len(strange)} others' if strange else "no adapter"
         raise UserError(f"{path} is not a LoRA file that is supported: it holds {what}; known: lora_A, lora_B, alpha")
+    for module, halves in parts.items():
+        for tensor in halves.values():
+            if tensor.dtype not in DTYPES:
+                raise UserError(f"{path}: the adapter of {module} has dtype {tensor.dtype}; known: {', '.join(DTYPES)}")
     general = _alpha_of_all(path)
     adapters = {}
     for module, halves in parts.items():
@@ -96,19 +110,21 @@ def _alpha_of_all(path: epath.Path) -> float | None:
     return float(found[0]) if found else None
 
 
-def merge_loras(config: TransformerConfig, params: nnx.State, loras: Mapping[str, float]) -> nnx.State:
-    """`params` with the adapters of each file added at its weight, kernel by kernel on the host, in float32; parameters
-    that lie on the host stay there.
+Changes = dict[tuple[Any, ...], list[tuple[Target, Adapter, float]]]
 
-    Raises `UserError`, before anything is changed, for a file that is no LoRA, or one for another model.
-    """
+
+def find_changes(config: TransformerConfig, loras: Mapping[str, float]) -> Changes:
+    """What the adapters of each file, at its weight, change in the kernels of a transformer of that config: by the
+    headers of the files alone. Raises `UserError` for a file that is no LoRA, or one for another model."""
     known = targets(TRANSFORMER, config) | targets(ORIGINAL_TRANSFORMER, config)
-    flat = dict(nnx.to_flat_state(params))
-    work: dict[tuple[Any, ...], list[tuple[Target, Adapter, float]]] = {}
+    shapes = dict(nnx.to_flat_state(abstract_params(TRANSFORMER, config)))
+    changes: Changes = {}
     for name, weight in loras.items():
         path = epath.Path(name)
-        if not path.exists():
-            raise UserError(f"LoRA file {name} does not exist")
+        if not path.exists() or path.is_dir():
+            raise UserError(f"LoRA file {name} {'is a folder' if path.exists() else 'does not exist'}")
+        if not math.isfinite(weight):
+            raise UserError(f"LoRA file {name} must have a finite weight, not {weight}")
         adapters = read_adapters(path)
         unknown = [module for module in adapters if module not in known]
         if unknown:
@@ -118,14 +134,22 @@ def merge_loras(config: TransformerConfig, params: nnx.State, loras: Mapping[str
             )
         for module, adapter in adapters.items():
             target = known[module]
-            n_in, n_out = flat[target.path].get_value().shape[-2:]
-            rank = adapter.down.shape[0]
-            if adapter.down.shape != (rank, n_in) or adapter.up.shape != (n_out, rank):
+            n_in, n_out = shapes[target.path].shape[-2:]
+            rank = adapter.down.shape[0] if adapter.down.shape else 0
+            if not rank or adapter.down.shape != (rank, n_in) or adapter.up.shape != (n_out, rank):
                 raise UserError(
                     f"{path} is for another model: {module} has {adapter.down.shape[1:]} in and {adapter.up.shape[:1]} "
                     f"out there, and ({n_in},) and ({n_out},) here"
                 )
-            work.setdefault(target.path, []).append((target, adapter, float(weight)))
+            changes.setdefault(target.path, []).append((target, adapter, float(weight)))
+    return changes
+
+
+def merge_loras(config: TransformerConfig, params: nnx.State, loras: Mapping[str, float]) -> nnx.State:
+    """`params` with the adapters of each file added at its weight, kernel by kernel on the host, in float32; parameters
+    that lie on the host stay there. Raises `UserError`, before anything is changed, as `find_changes`."""
+    flat = dict(nnx.to_flat_state(params))
+    work = find_changes(config, loras)
     with tensor_reader() as read:
         for where, changes in work.items():
             array = flat[where].get_value()

@@ -27,9 +27,9 @@ from sora_jax.models.tokenizer import SubwordTokenizer
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.weights.component import check_component, save_params
 from sora_jax.weights.defaults import SchedulerDefaults
-from sora_jax.weights.files import new_folder, parse_json, read_json, write_json
+from sora_jax.weights.files import new_folder, parse_json, read_json, read_text, write_json
 from sora_jax.weights.known import known_defaults
-from sora_jax.weights.layout import SECOND, ModelFolder, Progress, load_all, save_tokenizer
+from sora_jax.weights.layout import INDEX, SECOND, CheckedFolder, ModelFolder, Progress, open_folder, save_tokenizer
 from sora_jax.weights.safetensors_io import StoredTensor, read_header, read_headers
 from sora_jax.weights.table import Family, Row
 from sora_jax.weights.torch_file import read_torch_file
@@ -179,6 +179,8 @@ def read_config(values: Mapping[str, Any]) -> TransformerConfig:
     for key in ("dim", *KEYS):
         if key not in values:
             raise UserError(f'it lacks "{key}"')
+    if not values["num_heads"] or values["dim"] % values["num_heads"]:
+        raise UserError(f"dim {values['dim']} is not shared evenly by num_heads {values['num_heads']}")
     sizes = {ours: values[theirs] for theirs, ours in KEYS.items()}
     text_dim = values.get("text_dim", TransformerConfig.text_dim)
     config = TransformerConfig(head_dim=values["dim"] // values["num_heads"], text_dim=text_dim, **sizes)
@@ -205,6 +207,13 @@ def is_original(path: epath.Path) -> bool:
     return (path / CONFIG).exists() and read_json(path / CONFIG).get("_class_name") == "WanModel"
 
 
+def open_model(path: epath.Path) -> CheckedFolder | None:
+    """The model folder at `path`, in either layout, checked; None where there is none."""
+    if (path / INDEX).exists():
+        return open_folder(path)
+    return open_original(path) if is_original(path) else None
+
+
 def load_original(
     path: epath.Path,
     *,
@@ -214,6 +223,11 @@ def load_original(
     progress: Progress | None = None,
 ) -> ModelFolder:
     """A folder of the authors' files; arguments as those of `load_folder`. Raises `UserError` as it does."""
+    return open_original(path).load(mesh=mesh, dtype=dtype, on_host=on_host, progress=progress)
+
+
+def open_original(path: epath.Path) -> CheckedFolder:
+    """What `load_original` loads; raises as it does."""
     folders = [path / name for name in EXPERTS] if (path / EXPERTS[0]).exists() else [path]
     configs = [parse_json(folder / CONFIG, read_config) for folder in folders]
     if configs[0] != configs[-1]:
@@ -223,7 +237,7 @@ def load_original(
     if not pieces.exists():
         raise UserError(f"{pieces} is missing: it holds the vocabulary of UMT5")
     settings = pieces.parent / "tokenizer_config.json"
-    tokenizer = SubwordTokenizer.from_files(pieces.read_text(), read_json(settings) if settings.exists() else {})
+    tokenizer = SubwordTokenizer.from_files(read_text(pieces), read_json(settings) if settings.exists() else {})
     autoencoder_file = _only(path, [f"{stem}.*" for stem in AUTOENCODERS], "the autoencoder")
     text_file = _only(path, ["models_t5_*"], "the text encoder")
     text_tensors = _tensors(text_file)
@@ -239,20 +253,12 @@ def load_original(
         ORIGINAL_AUTOENCODER, autoencoder_config, _tensors(autoencoder_file), autoencoder_file
     )
     opened[TEXT_ENCODER.folder] = check_component(ORIGINAL_TEXT_ENCODER, text_config, text_tensors, text_file)
-    hosted = {*on_host, TRANSFORMER.folder, SECOND} if two else {*on_host}
-    params = load_all(opened, hosted, mesh=mesh, dtype=dtype, progress=progress)
-    return ModelFolder(
-        configs[0],
-        params[TRANSFORMER.folder],
-        autoencoder_config,
-        params[AUTOENCODER.folder],
-        text_config,
-        params[TEXT_ENCODER.folder],
+    return CheckedFolder(
+        path,
+        opened,
         tokenizer,
         SchedulerDefaults("unipc", _shift(configs[0], two)),
         known_defaults(configs[0], two, takes_frames=takes_frames),
-        path,
-        params.get(SECOND),
         BOUNDARY if two else None,
     )
 
@@ -299,12 +305,15 @@ def text_encoder_config(stored: Mapping[str, StoredTensor], file: epath.Path) ->
         inner = stored["blocks.0.attn.q.weight"].shape[0]
         buckets, heads = stored["blocks.0.pos_embedding.embedding.weight"].shape
         hidden = stored["blocks.0.ffn.fc1.weight"].shape[0]
+        d_kv = inner // heads
     except KeyError as error:
         raise UserError(f"{file} is not a UMT5 encoder: it lacks tensor {error}") from None
+    except (ValueError, IndexError, ZeroDivisionError):
+        raise UserError(f"{file} is not a UMT5 encoder: its tensors have other axes") from None
     return TextEncoderConfig(
         vocab_size=vocabulary,
         d_model=width,
-        d_kv=inner // heads,
+        d_kv=d_kv,
         d_ff=hidden,
         num_layers=len({name.split(".")[1] for name in stored if name.startswith("blocks.")}),
         num_heads=heads,

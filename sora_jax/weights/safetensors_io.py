@@ -10,6 +10,7 @@ Files are read and not mapped: pages of a mapped file count as the process's mem
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
@@ -72,7 +73,12 @@ def read_header(path: epath.Path) -> dict[str, StoredTensor]:
     size = path.stat().length
     try:
         tensors = {
-            name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), *(start + n for n in entry["data_offsets"]))
+            name: StoredTensor(
+                path,
+                str(entry["dtype"]),
+                tuple(map(operator.index, entry["shape"])),
+                *(start + operator.index(n) for n in entry["data_offsets"]),
+            )
             for name, entry in entries.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -95,7 +101,10 @@ def read_headers(folder: epath.Path, stem: str) -> dict[str, StoredTensor]:
         return read_header(single)
     if not index.exists():
         raise UserError(f"{single} is missing")
-    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+        raise UserError(f"{index} has no weight_map of tensors to files")
+    shards = sorted(set(listed.values()))
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         if not (folder / shard).exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from etils import epath
@@ -10,6 +11,9 @@ from etils import epath
 from sora_jax.errors import UserError, nearest
 
 SHIPPED = Path(__file__).parents[1] / "assets"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_CONFIGS = ("model_index.json", "sora_jax.json", "*/*.json")  # all that a plan reads
+HUB_FILES = (*HUB_CONFIGS, "*/*.safetensors", "*/*.model")
 
 
 def shipped_models(folder: Path = SHIPPED) -> dict[str, Path]:
@@ -23,8 +27,9 @@ def shipped_models(folder: Path = SHIPPED) -> dict[str, Path]:
     return named | {family: max(found)[1] for family, found in versions.items()}
 
 
-def find_model(model: epath.PathLike) -> epath.Path:
-    """The folder of a shipped model's name, of a path or URL, or of a name on the Hugging Face hub, which is fetched.
+def find_model(model: epath.PathLike, files: Sequence[str] = HUB_FILES) -> epath.Path:
+    """The folder of a shipped model's name, of a path or URL, or of a name on the Hugging Face hub, of which `files`
+    (patterns) are fetched.
 
     Raises `UserError` naming what is known. The network is touched for OWNER/NAME alone, and only where no folder OWNER
     makes that a path.
@@ -36,17 +41,13 @@ def find_model(model: epath.PathLike) -> epath.Path:
     if path.exists():
         return path
     if HUB_NAME.fullmatch(str(model)) and not path.parent.exists():
-        return _from_hub(str(model))
+        return _from_hub(str(model), files)
     raise UserError(
         f"unknown model {str(model)!r}, and no folder of that name; {nearest(str(model), shipped or ['world'])}"
     )
 
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILES = ["model_index.json", "sora_jax.json", "*/*.json", "*/*.safetensors", "*/*.model"]
-
-
-def _from_hub(name: str) -> epath.Path:
+def _from_hub(name: str, files: Sequence[str]) -> epath.Path:
     """A copy of the model's files, kept where `huggingface_hub` keeps them; it goes on with one that was cut short."""
     try:
         import huggingface_hub
@@ -57,7 +58,7 @@ def _from_hub(name: str) -> epath.Path:
             "pip install 'sora-jax[weights]'"
         ) from None
     try:
-        return epath.Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+        return epath.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     except errors.GatedRepoError:
         raise UserError(f"{name} on the Hugging Face hub wants its terms accepted: do so there, and log in") from None
     except errors.RepositoryNotFoundError:

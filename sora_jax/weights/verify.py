@@ -13,10 +13,10 @@ import numpy as np
 from etils import epath
 
 from sora_jax.errors import UserError
-from sora_jax.weights.component import open_component
-from sora_jax.weights.layout import FAMILIES, INDEX, SECOND, read_index
+from sora_jax.weights.component import CheckedComponent
+from sora_jax.weights.layout import INDEX, SECOND
+from sora_jax.weights.original import open_model
 from sora_jax.weights.safetensors_io import StoredTensor, tensor_reader
-from sora_jax.weights.table import Family
 from sora_jax.weights.wan import TRANSFORMER
 
 # Of the open models, exact (facts of the family): parameters of a transformer by layers and width.
@@ -47,48 +47,45 @@ class Verdict:
 
 
 def verify_folder(path: epath.Path, progress: Callable[[str, int, int], None] | None = None) -> list[Verdict]:
-    """Every component of a model folder, one tensor in memory at a time. Raises `UserError`, as loading does, for a
-    tensor that is missing, unexpected, cut off or of the wrong shape."""
-    if not (path / INDEX).exists():
-        raise UserError(f"{path} is not a model folder: it has no {INDEX}")
-    index = read_index(path)
-    parts = [(family, family.folder) for family in FAMILIES]
-    if index.two_experts:
-        parts.append((TRANSFORMER, SECOND))
-    return [_verify(path / folder, family, progress) for family, folder in parts]
+    """Every component of a model folder in either layout, one tensor in memory at a time. Raises `UserError`, as
+    loading does, for a tensor that is missing, unexpected, cut off or of the wrong shape, and for parts that do not fit
+    each other."""
+    opened = open_model(path)
+    if opened is None:
+        raise UserError(f"{path} is not a model folder: it has no {INDEX}, and none of the files of Wan's authors")
+    return [_verify(name, component, progress) for name, component in opened.components.items()]
 
 
-def _verify(folder: epath.Path, family: Family, progress: Callable[[str, int, int], None] | None) -> Verdict:
-    component = open_component(folder, family)
+def _verify(name: str, component: CheckedComponent, progress: Callable[[str, int, int], None] | None) -> Verdict:
     stored = component.stored
     digest = hashlib.sha256()
     count, total, squares, largest = 0, 0.0, 0.0, 0.0
     strange: list[Strange] = []
-    for done, (name, numbers, raw) in enumerate(_tensors(stored)):
-        digest.update(name.encode() + raw)
+    for done, (key, numbers, raw) in enumerate(_tensors(stored)):
+        digest.update(key.encode() + raw)
         wide = numbers.astype(np.float32)
         finite = np.isfinite(wide)
         if not finite.all():
-            strange.append(Strange(name, f"{np.count_nonzero(~finite)} of {wide.size} numbers are not finite"))
+            strange.append(Strange(key, f"{np.count_nonzero(~finite)} of {wide.size} numbers are not finite"))
             wide = wide[finite]
         top = float(np.abs(wide).max(initial=0.0))
         if top > WIDE:
-            strange.append(Strange(name, f"holds {top:.3g}"))
+            strange.append(Strange(key, f"holds {top:.3g}"))
         elif wide.ndim > 1 and top == 0.0:
-            strange.append(Strange(name, "is all zeros"))
+            strange.append(Strange(key, "is all zeros"))
         count += wide.size
         total += float(wide.sum(dtype=np.float64))
         squares += float(np.einsum("i,i->", wide.ravel(), wide.ravel(), dtype=np.float64))  # without a float64 copy
         largest = max(largest, top)
         if progress is not None:
-            progress(folder.name, done + 1, len(stored))
+            progress(name, done + 1, len(stored))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(component.params))
     mean = total / max(count, 1)
     return Verdict(
-        component=folder.name,
+        component=name,
         tensors=len(stored),
         parameters=parameters,
-        published=_published(family, component.config),
+        published=_published(name, component.config),
         dtypes=tuple(sorted({tensor.dtype for tensor in stored.values()})),
         largest=largest,
         deviation=float(np.sqrt(max(squares / max(count, 1) - mean**2, 0.0))),
@@ -104,5 +101,5 @@ def _tensors(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, np.ndarr
             yield name, tensor, tensor.tobytes()
 
 
-def _published(family: Family, config: Any) -> int | None:
-    return PUBLISHED.get((config.n_layers, config.dim)) if family is TRANSFORMER else None
+def _published(name: str, config: Any) -> int | None:
+    return PUBLISHED.get((config.n_layers, config.dim)) if name in (TRANSFORMER.folder, SECOND) else None

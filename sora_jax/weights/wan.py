@@ -86,7 +86,10 @@ def read_transformer_config(values: Mapping[str, Any]) -> TransformerConfig:
         if key not in values and key not in ("rope_max_seq_len", "eps"):
             raise UserError(f'transformer config lacks "{key}"')
     sizes = {name: values[key] for key, name in TRANSFORMER_KEYS.items() if key in values}
-    return TransformerConfig(**sizes | {"patch": Stride(*sizes["patch"])})
+    patch = Stride(*sizes["patch"])
+    if not all(isinstance(size, int) and size > 0 for size in patch):
+        raise UserError(f"transformer patch_size must be three whole numbers > 0, not {sizes['patch']!r}")
+    return TransformerConfig(**sizes | {"patch": patch})
 
 
 def write_transformer_config(config: TransformerConfig) -> dict[str, Any]:
