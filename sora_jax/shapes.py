@@ -50,9 +50,11 @@ def _neighbours(size: int, step: int, offset: int = 0) -> str:
     >>> _neighbours(70, 16)
     '64 or 80'
     """
+    least = offset or step
+    if size < least:
+        return str(least)
     low = (size - offset) // step * step + offset
-    choices = [c for c in (low, low + step) if c >= (offset or step)]
-    return " or ".join(str(c) for c in choices)
+    return f"{low} or {low + step}"
 
 
 def latent_extent(pixels: Extent, stride: Stride, patch: Stride = Stride(1, 1, 1)) -> Extent:

@@ -3,6 +3,7 @@ device of a given size."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -52,8 +53,8 @@ def find_target(topology: str | None, hbm: float | None) -> Target:
     if (topology is None) == (hbm is None):
         raise UserError("name what is planned for: --topology GRID (or local), or --hbm GIB for one device")
     if hbm is not None:
-        if not hbm > 0:
-            raise UserError(f"--hbm must be > 0, not {hbm:g}")
+        if not 0 < hbm < math.inf:
+            raise UserError(f"--hbm must be > 0 and finite, not {hbm:g}")
         return Target(f"one device of {hbm:g} GiB", None, int(hbm * GIB))
     assert topology is not None
     if topology == "local":

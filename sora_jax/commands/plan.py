@@ -71,9 +71,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{args.config} is of the stage text: the diffusion and autoencoder stages are planned")
     if args.sample and config.train.stage != "diffusion":
         raise UserError(f"{args.config} is of the stage {config.train.stage}, and --sample plans a diffusion model")
-    if args.batch_size is not None and args.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, not {args.batch_size}")
-    mesh = parse_mesh(args.mesh) if args.mesh else {}
+    if args.offload and not args.sample:
+        raise UserError("--offload is of sampling: give it with --sample")
+    for name in ("batch_size", "frames", "height", "width"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    mesh = parse_mesh(args.mesh) if args.mesh is not None else {}
     stride = autoencoder_stride(config)
     frames = args.frames
     if args.seconds is not None:
