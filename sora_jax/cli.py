@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -26,6 +27,8 @@ from sora_jax.errors import NoRoomError, UserError, nearest
 PROGRAM = "sora-jax"
 OVERRIDE = "--config."
 ALONE_HINT = "start it once, outside of their launcher; on a host of a TPU slice with JAX_PLATFORMS=cpu"
+
+STORES = ("aiohttp", "fsspec", "gcsfs", "google")  # packages whose errors are about a store of objects
 
 DESCRIPTION = "Text to video in JAX."
 EXAMPLES = """
@@ -169,9 +172,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"error: {_one_line(error)}")
         return 2
     except Exception as error:
-        if debug or "RESOURCE_EXHAUSTED" not in str(error):
+        reason = store_fault(error)
+        if "RESOURCE_EXHAUSTED" in str(error):
+            reason = f"the device is out of memory ({_one_line(error)}); ask for fewer frames, a smaller size or batch"
+        if debug or not reason:
             raise
-        _say(f"error: the device is out of memory ({_one_line(error)}); ask for fewer frames, a smaller size or batch")
+        _say(f"error: {reason}")
         return 2
 
 
@@ -187,8 +193,35 @@ def _run(args: argparse.Namespace) -> object:
     from sora_jax.runtime import is_chief
 
     if document is not None and (not starts_jax or is_chief()):
-        print(json.dumps(document))
+        print(json.dumps(without_nan(document), allow_nan=False))
     return document
+
+
+def store_fault(error: Exception) -> str:
+    """What is wrong with the URL of a path, where that is what `error` is about; empty where it is not. Each kind of
+    store has errors of its own: for want of its package, of the network, or of an account's right."""
+    text = _one_line(error)
+    if isinstance(error, ImportError) and (needs := re.search(r"[Ii]nstall (\w+) to access", text)):
+        extra = "'sora-jax[gcs]'" if needs[1] == "gcsfs" else needs[1]
+        return f"a URL of a store whose package is not installed: pip install {extra}"
+    if isinstance(error, KeyError) and error.args and str(error.args[0]).endswith("://"):
+        return f"no store is known by {error.args[0]}: paths are folders, files, or URLs as gs://bucket/folder"
+    if type(error).__module__.partition(".")[0] in STORES:
+        return f"the store cannot be reached, or not by this account ({type(error).__name__}: {text})"
+    return ""
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: what is not finite is null, as in a run's metrics.
+
+    >>> without_nan({"loss": [1.5, float("nan")]})
+    {'loss': [1.5, None]}
+    """
+    if isinstance(value, dict):
+        return {name: without_nan(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def entry_point() -> NoReturn:
@@ -238,7 +271,15 @@ def _messages_on_stderr() -> Iterator[None]:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(message)s"))
     level = logger.level
+    stores = logging.getLogger(
+        "gcsfs"
+    )  # its tracebacks come to us as errors too, and `store_fault` says them in a line
+
+    def told_once(record: logging.LogRecord) -> bool:
+        return not record.exc_info
+
     logger.addHandler(handler)
+    stores.addFilter(told_once)
     logger.setLevel(logging.INFO)
     try:
         with warnings.catch_warnings():
@@ -246,6 +287,7 @@ def _messages_on_stderr() -> Iterator[None]:
             yield
     finally:
         logger.removeHandler(handler)
+        stores.removeFilter(told_once)
         logger.setLevel(level)
 
 

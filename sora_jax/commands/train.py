@@ -50,9 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from sora_jax import config as configs
+    from sora_jax.training.profiler import parse_profile
 
     overrides = [*args.overrides, *([] if args.steps is None else [f"train.steps={args.steps}"])]
     config = configs.load_config(args.config, overrides)
+    profile = parse_profile(args.profile, config.train.steps) if args.profile is not None else None
     if args.dry_run:
         import jax
 
@@ -63,8 +65,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             print(table(args.config, found))
         return dataclasses.asdict(found)
     from sora_jax.training.loop import train
-    from sora_jax.training.profiler import parse_profile
 
-    profile = parse_profile(args.profile, config.train.steps) if args.profile is not None else None
     summary = train(config, args.workdir, force=args.force, profile=profile)
     return summary._asdict()
