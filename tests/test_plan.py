@@ -343,6 +343,10 @@ def test_the_command_prints_a_table_or_json(capsys):
     assert report["tokens"] == 21 * 22 * 40
     assert report["fits"] is False
     assert any("--offload" in line for line in report["advice"])
+    assert cli.main(["plan", "--config", "wan_5b", "--hbm", "80", "--sample", "--seconds", "10", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "10 s are 241 frames at 24 a second" in err  # 1 + 4 round(240 / 4)
+    assert json.loads(out)["tokens"] == 61 * 22 * 40
 
 
 @pytest.mark.parametrize(

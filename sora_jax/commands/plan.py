@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sora_jax.commands.flags import parse_mesh
@@ -83,6 +85,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if frames is not None:
             raise UserError("--frames and --seconds say the same thing; give one of them")
         frames = frames_for_seconds(args.seconds, config.data.fps, stride.time * config.transformer.patch.time)
+        print(f"{args.seconds:g} s are {frames} frames at {config.data.fps:g} a second", file=sys.stderr)
     sizes = (frames, args.height, args.width)
     if any(size is not None for size in sizes) or args.batch_size is not None or args.sample:
         data = config.data
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if mesh or args.remat:
             raise UserError("--search finds --mesh and --remat itself; leave them out")
         rows = args.batch_size or 1
-        options: dict[str, Any] = {"say": print, "again": args.again}
+        options: dict[str, Any] = {"say": partial(print, flush=True), "again": args.again}
         found = (
             search_sampling(config, target, rows, offload=args.offload, **options)
             if args.sample
