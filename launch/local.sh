@@ -36,6 +36,8 @@ for number in "$count" ${devices:+"$devices"} ${port:+"$port"}; do
   [[ $number =~ ^[1-9][0-9]*$ ]] || fail "$number is not a number"
 done
 
+[ -z "$port" ] || [ "${#port}" -le 5 ] && [ "${port:-0}" -le 65535 ] || fail "$port is no port: they end at 65535"
+
 free_port() {
   python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }

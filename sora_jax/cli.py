@@ -28,6 +28,8 @@ PROGRAM = "sora-jax"
 OVERRIDE = "--config."
 ALONE_HINT = "start it once, outside of their launcher; on a host of a TPU slice with JAX_PLATFORMS=cpu"
 
+STORES = ("aiohttp", "fsspec", "gcsfs", "google")  # packages whose errors are about a store of objects
+
 DESCRIPTION = "Text to video in JAX."
 EXAMPLES = """
   sora-jax sample "a red ball bounces on a blue floor"
@@ -170,9 +172,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"error: {_one_line(error)}")
         return 2
     except Exception as error:
-        if debug or not _out_of_memory(error):
+        reason = store_fault(error)
+        if _out_of_memory(error):
+            reason = f"out of memory ({_one_line(error)}); ask for fewer frames, a smaller size or batch"
+        if debug or not reason:
             raise
-        _say(f"error: out of memory ({_one_line(error)}); ask for fewer frames, a smaller size or batch")
+        _say(f"error: {reason}")
         return 2
 
 
@@ -188,8 +193,35 @@ def _run(args: argparse.Namespace) -> object:
     from sora_jax.runtime import is_chief
 
     if document is not None and (not starts_jax or is_chief()):
-        print(json.dumps(_in_json(document), allow_nan=False))
+        print(json.dumps(without_nan(document), allow_nan=False))
     return document
+
+
+def store_fault(error: Exception) -> str:
+    """What is wrong with the URL of a path, where that is what `error` is about; empty where it is not. Each kind of
+    store has errors of its own: for want of its package, of the network, or of an account's right."""
+    text = _one_line(error)
+    if isinstance(error, ImportError) and (needs := re.search(r"[Ii]nstall (\w+) to access", text)):
+        extra = "'sora-jax[gcs]'" if needs[1] == "gcsfs" else needs[1]
+        return f"a URL of a store whose package is not installed: pip install {extra}"
+    if isinstance(error, KeyError) and error.args and str(error.args[0]).endswith("://"):
+        return f"no store is known by {error.args[0]}: paths are folders, files, or URLs as gs://bucket/folder"
+    if type(error).__module__.partition(".")[0] in STORES:
+        return f"the store cannot be reached, or not by this account ({type(error).__name__}: {text})"
+    return ""
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: what is not finite is null, as in a run's metrics.
+
+    >>> without_nan({"loss": [1.5, float("nan")]})
+    {'loss': [1.5, None]}
+    """
+    if isinstance(value, dict):
+        return {name: without_nan(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def entry_point() -> NoReturn:
@@ -240,7 +272,15 @@ def _messages_on_stderr() -> Iterator[None]:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(message)s"))
     level = logger.level
+    stores = logging.getLogger(
+        "gcsfs"
+    )  # its tracebacks come to us as errors too, and `store_fault` says them in a line
+
+    def told_once(record: logging.LogRecord) -> bool:
+        return not record.exc_info
+
     logger.addHandler(handler)
+    stores.addFilter(told_once)
     logger.setLevel(logging.INFO)
     try:
         with warnings.catch_warnings():
@@ -248,6 +288,7 @@ def _messages_on_stderr() -> Iterator[None]:
             yield
     finally:
         logger.removeHandler(handler)
+        stores.removeFilter(told_once)
         logger.setLevel(level)
 
 
@@ -286,15 +327,6 @@ def _mend_cache(message: object) -> str:
 
 def _say(message: str, separator: str = ": ") -> None:
     print(f"{PROGRAM}{separator}{message}", file=sys.stderr, flush=True)
-
-
-def _in_json(value: Any) -> Any:
-    """`value` with null for numbers that JSON has not: the loss of a band of levels that no token was at is NaN."""
-    if isinstance(value, dict):
-        return {name: _in_json(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_in_json(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _out_of_memory(error: Exception) -> bool:

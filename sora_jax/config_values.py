@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -107,6 +108,8 @@ def _check(value: Any, hint: Any, key: str, root: Any = None) -> Any:
             return hint(*(_check(v, h, key) for v, h in zip(value, fields.values(), strict=True)))
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    elif hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f'config key "{key}" takes a finite number, not {value}')
     elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise UserError(f'config key "{key}" takes {_describe(hint)}, not {value!r} ({type(value).__name__})')

@@ -52,9 +52,11 @@ def _neighbours(size: int, step: int, offset: int = 0) -> str:
     >>> _neighbours(-64, 16)
     '16'
     """
-    low, least = (size - offset) // step * step + offset, offset or step
-    choices = [c for c in (low, low + step) if c >= least] or [least]
-    return " or ".join(str(c) for c in choices)
+    least = offset or step
+    if size < least:
+        return str(least)
+    low = (size - offset) // step * step + offset
+    return f"{low} or {low + step}"
 
 
 def latent_extent(pixels: Extent, stride: Stride, patch: Stride = Stride(1, 1, 1)) -> Extent:

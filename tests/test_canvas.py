@@ -51,7 +51,9 @@ def test_shots_of_a_storyboard_see_each_other_and_read_their_own_prompt():
         (Extent(16, 32, 32), "16 frames .* nearest: 13 or 17"),
         (Extent(0, 32, 32), "0 frames .* nearest: 1"),
         (Extent(17, 36, 32), "height 36 .* multiple of 16; nearest: 32 or 48"),
-        (Extent(17, 32, 8), "width 8 .* multiple of 16; nearest: 16"),
+        (Extent(17, 32, 8), "width 8 .* multiple of 16; nearest: 16$"),
+        (Extent(17, -64, 32), "height -64 .* multiple of 16; nearest: 16$"),
+        (Extent(-7, 32, 32), "-7 frames .* nearest: 1$"),
     ],
 )
 def test_sizes_that_cannot_be_made_name_the_nearest_that_can(extent, says):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import subprocess
@@ -132,6 +133,7 @@ def test_overrides_are_taken_in_both_spellings():
         (["sample", PROMPT, "--image", "none.png"], "none.png does not exist"),
         (["sample", PROMPT, "--last-image", "none.png"], "none.png does not exist"),
         (["sample", PROMPT, "--mesh", "fsdp:4"], '--mesh takes AXIS=N,AXIS=N,..., say fsdp=4,sequence=2: "fsdp:4" is'),
+        (["sample", PROMPT, "--mesh", ""], "--mesh takes AXIS=N"),
         (["sample", "--like", "none.mp4"], "none.mp4 does not exist"),
         (["sample", "--prompts", "none.txt"], "none.txt does not exist"),
         (["sample", PROMPT, "--model", ""], "--model is empty"),
@@ -366,6 +368,58 @@ def test_our_own_defects_keep_their_traceback(here, monkeypatch, tiny_model):
     monkeypatch.setattr(Pipeline, "sample", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main(["sample", PROMPT, "--model", str(tiny_model)])
+
+
+class Refused(Exception):
+    """As a store's package has them: no `OSError`."""
+
+    __module__ = "gcsfs.retry"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ImportError("Please install gcsfs to access Google Storage"), "pip install 'sora-jax[gcs]'"),
+        (ImportError("Install s3fs to access S3"), "pip install s3fs"),
+        (KeyError("foo://"), "no store is known by foo://"),
+        (Refused("no access\nto bucket"), "or not by this account (Refused: no access to bucket)"),
+    ],
+)
+def test_a_store_that_cannot_be_reached_is_one_line(here, capsys, monkeypatch, error, message):
+    def broken(args: object) -> None:
+        logging.getLogger("gcsfs").error("out of retries", exc_info=error)
+        raise error
+
+    monkeypatch.setattr(commands.load("devices"), "run", broken)
+    code, out, err = run(capsys, "devices")
+    assert (code, out) == (2, "")
+    assert [line for line in err if "error" in line or "Traceback" in line] == err[-1:]
+    assert message in err[-1]
+    with pytest.raises(type(error)):
+        cli.main(["devices", "--debug"])
+
+
+@pytest.mark.parametrize("error", [ImportError("cannot import name 'x' from 'y'"), KeyError("weight"), KeyError(3)])
+def test_other_errors_of_those_kinds_are_defects(here, monkeypatch, error):
+    def broken(args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(commands.load("devices"), "run", broken)
+    with pytest.raises(type(error)):
+        cli.main(["devices"])
+
+
+def test_a_document_has_null_where_json_has_no_number(capsys, monkeypatch):
+    found = {"loss": float("nan"), "each": [1.5, float("inf")], "mean": np.float64("nan"), "step": 3, "stopped": False}
+    monkeypatch.setattr(commands.load("devices"), "run", lambda args: found)
+    code, out, _ = run(capsys, "devices", "--json")
+    assert code == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    read = json.loads(out, parse_constant=refuse)
+    assert read == {"loss": None, "each": [1.5, None], "mean": None, "step": 3, "stopped": False}
 
 
 def test_debug_shows_where_a_mistake_was_found(here):

@@ -117,6 +117,7 @@ def test_local_stops_the_others_when_one_fails():
         ((), "give a number of processes and a command"),
         (("2",), "give a number of processes and a command"),
         (("two", "true"), "two is not a number"),
+        (("--port", "65536", "2", "true"), "65536 is no port: they end at 65535"),
         (("--device", "4", "2", "true"), "unknown flag --device"),
     ],
 )

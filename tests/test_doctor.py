@@ -77,9 +77,14 @@ def test_what_cannot_be_asked_is_a_mistake_of_the_users(capsys):
         (["--devices", "0"], "--devices must be at least 1"),
         (["--timeout", "-1"], "--timeout must be > 0"),
         (["--platform", "tpus"], "invalid choice"),
+        (["--workdir", ""], '--workdir "" names no folder'),
+        (["--selftest", "--out", "report.txt"], "--out is the name of a JSON file"),
+        (["--selftest", "--out", "/nowhere/deep/report.json"], "--out /nowhere/deep/report.json cannot be written"),
     ):
         assert cli.main(["doctor", *argv]) == 2
-        assert words in capsys.readouterr().err
+        out, err = capsys.readouterr()
+        assert out == "", "nothing was looked at yet"
+        assert words in err
 
 
 def test_the_text_of_a_report_has_a_line_for_each_row():

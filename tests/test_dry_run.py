@@ -70,6 +70,25 @@ def test_what_a_run_would_refuse_is_refused(capsys, home: Path):
     assert not (home / "run").exists()
 
 
+def test_so_is_a_place_that_a_run_cannot_have(capsys, monkeypatch, home: Path, tmp_path: Path):
+    """Before anything is made, and the same by `train`; "" would be the folder that one happens to be in."""
+    monkeypatch.chdir(tmp_path)
+    config = ["--config", str(home / "tiny.py"), f"--config.data.latents={home / 'latents'}"]
+    for more, says in (
+        (["--workdir", ""], 'a run needs a workdir, and "" names none'),
+        (["--workdir", "s3://bucket/run"], "checkpoints go to a folder or to gs://"),
+        (["--workdir", "run", "--profile", "20:9"], "--profile 20:9 ends with step 28, and the run with step 24"),
+    ):
+        for dry in (["--dry-run"], []):
+            assert cli.main(["train", *config, *more, *dry]) == 2
+            out, err = capsys.readouterr()
+            assert out == ""
+            assert says in err.splitlines()[-1]
+    assert cli.main(["checkpoint", "ls", "s3://bucket/run"]) == 2
+    assert "checkpoints go to a folder or to gs://" in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_other_stages_too(capsys, tmp_path: Path):
     for stage, field, shape in (("world_text", "text_tokens", 128), ("world_autoencoder", "clips", 3)):

@@ -349,6 +349,10 @@ def test_the_command_prints_a_table_or_json(capsys):
     assert report["tokens"] == 21 * 22 * 40
     assert report["fits"] is False
     assert any("--offload" in line for line in report["advice"])
+    assert cli.main(["plan", "--config", "wan_5b", "--hbm", "80", "--sample", "--seconds", "10", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "10 s are 241 frames at 24 a second" in err  # 1 + 4 round(240 / 4)
+    assert json.loads(out)["tokens"] == 61 * 22 * 40
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -431,7 +435,14 @@ def test_what_is_no_model_is_not_planned(tmp_path: Path, capsys):
         (["--hbm", "0"], "--hbm must be > 0"),
         (["--topology", "v5q-128"], 'unknown topology "v5q-128"; did you mean "v5p-128"'),
         (["--hbm", "16", "--topology", "local"], "name what is planned for"),
+        (["--hbm", "inf"], "--hbm must be > 0 and finite, not inf"),
         (["--hbm", "16", "--height", "100"], "100"),
+        (["--hbm", "16", "--height", "0"], "--height must be at least 1, not 0"),
+        (["--hbm", "16", "--frames", "0"], "--frames must be at least 1, not 0"),
+        (["--hbm", "16", "--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+        (["--hbm", "16", "--offload"], "--offload is of sampling"),
+        (["--hbm", "16", "--mesh", ""], "--mesh takes AXIS=N"),
+        (["--hbm", "16", "--mesh", "fsdp=1,fsdp=1"], "--mesh gives fsdp twice"),
         (["--hbm", "16", "--mesh", "fsdp=2"], "does not multiply to the 1 devices"),
         (["--hbm", "16", "--remat", "some"], "unknown remat policy"),
     ],

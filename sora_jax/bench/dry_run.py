@@ -24,6 +24,7 @@ from sora_jax.models.structure import shapes_of
 from sora_jax.runtime import compute_dtype
 from sora_jax.tokens.packing import PackedRows
 from sora_jax.training.adapters import learning, networks
+from sora_jax.training.checkpoint import check_place
 from sora_jax.training.diffusion_stage import caption_tokenizer, loader_options, open_latents
 from sora_jax.training.loop import mesh_of, refuse_other_config
 from sora_jax.training.optimizer import make_optimizer
@@ -55,6 +56,7 @@ class DryRun:
 def dry_run(config: Config, workdir: epath.PathLike, *, force: bool = False) -> DryRun:
     """What `train(config, workdir)` would begin with. Raises the `UserError`s that it would raise, for all that can be
     found out without loading or training anything."""
+    check_place(workdir)
     workdir = epath.Path(workdir)
     refuse_other_config(config, workdir, force)
     mesh = mesh_of(config)

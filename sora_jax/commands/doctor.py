@@ -35,11 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from sora_jax.doctor.checks import Check, all_checks
     from sora_jax.doctor.probe import SECONDS, probe
+    from sora_jax.doctor.report import check_out
 
     if args.devices is not None and args.devices < 1:
         raise UserError(f"--devices must be at least 1, not {args.devices}")
     if args.timeout is not None and not args.timeout > 0:
         raise UserError(f"--timeout must be > 0 seconds, not {args.timeout:g}")
+    if args.workdir is not None and not args.workdir:
+        raise UserError('--workdir "" names no folder: give one, or a URL')
+    if args.out is not None:
+        check_out(args.out)
     probed = probe(args.timeout or SECONDS)
     # Of several processes the first speaks, unless JAX does not start and none knows which it is.
     chief = probed.found is None or probed.found["process"] == 0

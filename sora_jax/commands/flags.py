@@ -14,6 +14,8 @@ def parse_mesh(text: str) -> dict[str, int]:
         axis, equals, number = part.strip().partition("=")
         if not (axis and equals and number.lstrip("-").isdecimal()):
             raise UserError(f'--mesh takes AXIS=N,AXIS=N,..., say fsdp=4,sequence=2: "{part}" is no axis with a length')
+        if axis in sizes:
+            raise UserError(f'--mesh gives {axis} twice: "{text}"')
         sizes[axis] = int(number)
     return sizes
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sora_jax.commands.flags import parse_mesh
@@ -83,15 +85,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{name} is of the stage text: the diffusion and autoencoder stages are planned")
     if args.sample and config.train.stage != "diffusion":
         raise UserError(f"{name} is of the stage {config.train.stage}, and --sample plans a diffusion model")
-    if args.batch_size is not None and args.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, not {args.batch_size}")
-    mesh = parse_mesh(args.mesh) if args.mesh else {}
+    if args.offload and not args.sample:
+        raise UserError("--offload is of sampling: give it with --sample")
+    for size in ("batch_size", "frames", "height", "width"):
+        if (value := getattr(args, size)) is not None and value < 1:
+            raise UserError(f"--{size.replace('_', '-')} must be at least 1, not {value}")
+    mesh = parse_mesh(args.mesh) if args.mesh is not None else {}
     stride = autoencoder_stride(config)
     frames = args.frames
     if args.seconds is not None:
         if frames is not None:
             raise UserError("--frames and --seconds say the same thing; give one of them")
         frames = frames_for_seconds(args.seconds, config.data.fps, stride.time * config.transformer.patch.time)
+        print(f"{args.seconds:g} s are {frames} frames at {config.data.fps:g} a second", file=sys.stderr)
     sizes = (frames, args.height, args.width)
     if any(size is not None for size in sizes) or args.batch_size is not None or args.sample:
         data = config.data
@@ -104,7 +110,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if mesh or args.remat:
             raise UserError("--search finds --mesh and --remat itself; leave them out")
         rows = args.batch_size or 1
-        options: dict[str, Any] = {"say": print, "again": args.again}
+        options: dict[str, Any] = {"say": partial(print, flush=True), "again": args.again}
         found = (
             search_sampling(config, target, rows, offload=args.offload, **options)
             if args.sample

@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--batch-size must be a whole number >= 1, not {args.batch_size}")
     if args.fps is not None and not 0 < args.fps <= 1000:
         raise UserError(f"--fps must lie in (0, 1000], not {args.fps:g}")
-    mesh = parse_mesh(args.mesh) if args.mesh else spread_over_processes()
+    mesh = parse_mesh(args.mesh) if args.mesh is not None else spread_over_processes()
     given = _given_files(args, like)
     images: dict[str, Any] = {role: _read_image(file) for role, file in given.items()}
 

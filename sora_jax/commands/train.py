@@ -63,7 +63,10 @@ def _config(args: argparse.Namespace) -> Config:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    from sora_jax.training.profiler import parse_profile
+
     config = _config(args)
+    profile = parse_profile(args.profile, config.train.steps) if args.profile is not None else None
     if args.dry_run:
         import jax
 
@@ -74,8 +77,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             print(table(args.config, found))
         return dataclasses.asdict(found)
     from sora_jax.training.loop import train
-    from sora_jax.training.profiler import parse_profile
 
-    profile = parse_profile(args.profile, config.train.steps) if args.profile is not None else None
     summary = train(config, args.workdir, force=args.force, profile=profile)
     return summary._asdict()

@@ -17,11 +17,19 @@ from sora_jax.errors import UserError
 PREFIXES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE", "NVIDIA_VISIBLE", "SLURM_NTASKS", "MEGASCALE_NUM")
 
 
-def write_report(document: dict[str, Any], out: str) -> str:
-    """Writes both files; returns their names. Neither holds the environment but for what steers JAX."""
+def check_out(out: str) -> None:
+    """Raises `UserError` where no report can be written, before ten minutes are spent on one."""
     path = Path(out)
     if path.suffix != ".json":
         raise UserError(f"--out is the name of a JSON file, say report.json, not {out}")
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"--out {out} cannot be written: its folder is not there, or may not be written to")
+
+
+def write_report(document: dict[str, Any], out: str) -> str:
+    """Writes both files; returns their names. Neither holds the environment but for what steers JAX."""
+    check_out(out)
+    path = Path(out)
     whole = {
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": platform.platform(),

@@ -68,6 +68,14 @@ class _RoomIsOurs(logging.Filter):
 _room_is_ours = _RoomIsOurs()
 
 
+def check_place(folder: epath.PathLike) -> None:
+    """Raises `UserError` for what is no place for checkpoints, before anything is looked for or made there."""
+    if not os.fspath(folder):
+        raise UserError('a run needs a workdir, and "" names none: give a folder (. for this one) or a gs:// URL')
+    if is_url(folder) and not os.fspath(folder).startswith("gs://"):
+        raise UserError(f"checkpoints go to a folder or to gs://, where Orbax can write, and not to {folder}")
+
+
 class Restored(NamedTuple):
     """A step that was read back."""
 
@@ -87,9 +95,8 @@ class Checkpoints:
         read_only: bool = False,
         say: Callable[[str], None] = _log.warning,
     ):
+        check_place(folder)
         # Orbax wants to know where from the root; a URL stays as it is.
-        if is_url(folder) and not os.fspath(folder).startswith("gs://"):
-            raise UserError(f"checkpoints go to a folder or to gs://, where Orbax can write, and not to {folder}")
         self.folder = epath.Path(folder if is_url(folder) else os.path.abspath(folder))
         self._say = say
         self._read_only = read_only

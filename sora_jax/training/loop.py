@@ -32,7 +32,7 @@ from sora_jax.errors import UserError
 from sora_jax.media import write_media
 from sora_jax.record import Record
 from sora_jax.runtime import compute_dtype
-from sora_jax.training.checkpoint import Checkpoints
+from sora_jax.training.checkpoint import Checkpoints, check_place
 from sora_jax.training.compilations import Compilations
 from sora_jax.training.files import write_text
 from sora_jax.training.goodput import Goodput
@@ -80,6 +80,7 @@ def train(
     they were trained on, and when gradients were not finite, or spikes, for `train.max_skipped` steps in a row.
     """
     clock = Clock()
+    check_place(workdir)
     workdir = epath.Path(workdir)
     settings = config.train
     chief = jax.process_index() == 0

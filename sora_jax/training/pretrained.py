@@ -25,7 +25,7 @@ from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sora_jax.models.structure import Make, shapes_of
 from sora_jax.models.tokenizer import ByteTokenizer, Tokenizer
 from sora_jax.training.adapters import ADAPTERS, learning, networks
-from sora_jax.training.checkpoint import Checkpoints
+from sora_jax.training.checkpoint import Checkpoints, check_place
 from sora_jax.training.deepen import deepen
 from sora_jax.training.text_step import Reader
 from sora_jax.weights.component import load_component
@@ -149,6 +149,7 @@ def is_workdir(path: epath.PathLike) -> bool:
 
 def workdir_of(path: epath.PathLike) -> epath.Path:
     """`path`, which must be the workdir of a run."""
+    check_place(path)
     if not is_workdir(path):
         raise UserError(f"{path} is not the workdir of a run: it has no config.json and checkpoints")
     return epath.Path(path)

@@ -9,6 +9,7 @@ from pod_checkpoint import MESHES, like, sharding_of, state_of, wrong
 
 from sora_jax.training.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.faults
 SHAPE, ARRAYS = (64, 32), 3
 SHARDS = {"one": (64, 32), "fsdp": (8, 32), "tensor": (64, 8), "sequence": (64, 32)}
 
