@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-
-import jaxlib.version
-
-# XLA of jaxlib 0.10 has two compilers of fused loops, and programs are ready in three quarters of the time with the
-# older one. Later versions know no such flag, and end at one that they do not know.
-if jaxlib.version.__version_info__ < (0, 11):
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import install_import_hook
+
+# XLA of jax 0.10 has two compilers of fused loops, and programs are ready in three quarters of the time with the older
+# one. Later versions know no such flag, and end at one that they do not know.
+if jax.__version_info__ < (0, 11):
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 # Eight fake devices for the tests of sharding; a configuration and not XLA_FLAGS, so that child processes see one.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -44,6 +44,22 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests read no compiled programs that an older tree wrote, and leave none behind."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network() -> Iterator[None]:
+    """A test that reaches for another machine fails, with a network or without one."""
+    connect = socket.socket.connect
+
+    def connect_here(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            pytest.fail(f"a test reaches for the network: {address}")  # no exception that `except Exception` takes
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "SORA_JAX_REAL_WEIGHTS" not in os.environ:  # the one test that is asked to
+            patch.setattr(socket.socket, "connect", connect_here)
         yield
 
 

@@ -133,7 +133,7 @@ def test_overrides_are_taken_in_both_spellings():
         (["sample", PROMPT, "--image", "none.png"], "none.png does not exist"),
         (["sample", PROMPT, "--last-image", "none.png"], "none.png does not exist"),
         (["sample", PROMPT, "--mesh", "fsdp:4"], '--mesh takes AXIS=N,AXIS=N,..., say fsdp=4,sequence=2: "fsdp:4" is'),
-        (["sample", PROMPT, "--mesh", ""], "--mesh takes AXIS=N"),
+        (["sample", PROMPT, "--mesh", ""], "--mesh is empty"),
         (["sample", "--like", "none.mp4"], "none.mp4 does not exist"),
         (["sample", "--prompts", "none.txt"], "none.txt does not exist"),
         (["sample", PROMPT, "--model", ""], "--model is empty"),

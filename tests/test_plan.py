@@ -420,7 +420,7 @@ def test_what_is_no_model_is_not_planned(tmp_path: Path, capsys):
         (["--model", str(broken)], "vae/config.json is missing"),
         (["--model", "world", "--config", "world"], "not allowed with"),
         ([], "one of the arguments --config --model is required"),
-        (["--model", "world", "--sample", "--frames", "0"], "0 frames cannot be made"),
+        (["--model", "world", "--sample", "--frames", "0"], "--frames must be at least 1, not 0"),
         (["--config", "world", "--hbm", "inf"], "--hbm must be > 0 and finite"),
     ):
         assert cli.main(["plan", *flags, *(["--hbm", "16"] if "--hbm" not in flags else [])]) == 2
