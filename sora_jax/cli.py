@@ -272,9 +272,8 @@ def _messages_on_stderr() -> Iterator[None]:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(message)s"))
     level = logger.level
-    stores = logging.getLogger(
-        "gcsfs"
-    )  # its tracebacks come to us as errors too, and `store_fault` says them in a line
+    # Its tracebacks come to us as errors too, and `store_fault` says them in a line.
+    stores = logging.getLogger("gcsfs")
 
     def told_once(record: logging.LogRecord) -> bool:
         return not record.exc_info
