@@ -94,6 +94,18 @@ RUNS = (
     Run("deep", "shape", "8 layers of 96 (base: 4 of 128)", f"transformer.n_layers=8 {_width(96)}"),
     Run("shallow", "shape", "2 layers of 192", f"transformer.n_layers=2 {_width(192)}"),
     Run("wide-heads", "shape", "2 heads of 64 (base: 4 of 32)", "transformer.n_heads=2 transformer.head_dim=64"),
+    Run(
+        "routed",
+        "routing",
+        "half of the tokens pass by the two middle blocks in training (TREAD)",
+        "transformer.route_share=0.5",
+    ),
+    Run(
+        "routed-deep",
+        "routing",
+        "8 layers of 96, half of the tokens pass by all but the first and the last",
+        f"transformer.n_layers=8 {_width(96)} transformer.route_share=0.5",
+    ),
     Run("patch-2", "patch", "patches of 2x2 latents (base: 1x1)", "transformer.patch=(1,2,2) data.row_tokens=20"),
     Run(
         "autoencoder-16",

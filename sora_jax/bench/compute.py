@@ -20,6 +20,7 @@ from sora_jax.bench.programs import Program, TrainingProgram
 from sora_jax.config import Config
 from sora_jax.diffusion.levels import Levels, draw_levels
 from sora_jax.models.autoencoder import Autoencoder
+from sora_jax.models.routing import draw_through
 from sora_jax.models.structure import structure_of
 from sora_jax.training.adapters import complete, networks
 from sora_jax.training.autoencoder_step import MODULE
@@ -68,7 +69,9 @@ def training_flops(config: Config, program: TrainingProgram, platform: str) -> t
         return read_text(modules, complete(kept, params), rows, dtype)
 
     def loss(params: Any, kept: Any, rows: Any, levels: Levels) -> jax.Array:
-        return diffusion_loss(modules, complete(kept, params), rows, levels, rows.tokens, dtype)
+        share = config.transformer.route_share
+        through = draw_through(jax.random.key(0), rows.segment_ids, share) if share else None
+        return diffusion_loss(modules, complete(kept, params), rows, levels, rows.tokens, dtype, through=through)
 
     state, kept, rows = program.state, program.kept, program.rows
     levels = jax.eval_shape(lambda rows: draw_levels(jax.random.key(0), config.levels, index_of(rows)), rows)

@@ -97,6 +97,7 @@ def training_program(config: Config, mesh: Mesh, dtype: jnp.dtype) -> TrainingPr
         ema_decay=config.train.ema,
         dtype=dtype,
         accumulate=config.train.accumulate,
+        route_share=config.transformer.route_share,
     )
     state = abstract_state(init, jax.random.key(0), mesh)
     batch = sharding.batch_sharding(mesh)

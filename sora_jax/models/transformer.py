@@ -44,6 +44,7 @@ from sora_jax.models.layers import (
     zeros,
 )
 from sora_jax.models.rope import Rotation, rotate, rotation
+from sora_jax.models.routing import condition_of_part, put_back, take
 from sora_jax.runtime import HOST_MEMORY
 from sora_jax.shapes import Condition, Stride
 from sora_jax.sharding import constrain
@@ -106,6 +107,10 @@ class TransformerConfig:
     lora_rank: int = 0  # of low-rank adapters beside the kernels of attention and MLP; 0: none
     lora_alpha: float = 0.0  # they are scaled by alpha / rank; 0: by 1
     lora_targets: str = "self_attn,cross_attn,ffn"  # what of a block has them: these, or parts, "cross_attn.k"
+    route_share: float = (
+        0.0  # of a row's tokens that pass by the blocks in the middle, in training (`routing`); 0: none
+    )
+    route_around: tuple[int, int] = (1, 1)  # how many blocks before and after these take all tokens
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_heads", "ffn_dim", "in_channels", "out_channels", "text_dim", "frequency_dim"):
@@ -120,6 +125,13 @@ class TransformerConfig:
         for target in self.lora_targets.split(","):
             if target not in LORA_TARGETS:
                 raise UserError(f"unknown lora_targets {target!r}: {nearest(target, LORA_TARGETS)}")
+        if not 0 <= self.route_share < 1:
+            raise UserError(f"route_share must be in [0, 1), not {self.route_share}")
+        if self.route_share and (min(self.route_around) < 0 or sum(self.route_around) >= self.n_layers):
+            raise UserError(
+                f"route_around {self.route_around} leaves no block of {self.n_layers} to pass by: the two must be >= 0 "
+                f"and {self.n_layers - 1} at most together"
+            )
 
     @property
     def dim(self) -> int:
@@ -264,13 +276,15 @@ class Transformer(nnx.Module):
         time: Float[Array, "B G"],
         condition: Condition,
         *,
+        through: Int[Array, "B M"] | None = None,
         dtype: jnp.dtype | type = jnp.float32,
     ) -> Float[Array, "B N Q"]:
         """Velocity of every token, float32.
 
         `time` is the model's time, 1000 * sigma, one per noise-level group. P is patch volume x in_channels; Q with
-        out_channels. Activations of the blocks are in `dtype`. Tokens of segment 0 (padding) return values of no
-        meaning.
+        out_channels. Activations of the blocks are in `dtype`. Of tokens that pass by the blocks in the middle
+        (`route_around` has the others), `through` names those that do not; None: all go through all. Tokens of segment
+        0 (padding) return values of no meaning.
         """
         cfg = self.config
         if condition.image_tokens is not None:
@@ -285,23 +299,40 @@ class Transformer(nnx.Module):
         if condition.modulation_extra is not None:
             level_rows = level_rows + condition.modulation_extra[:, None]
         text = self.text_embed(condition.text.astype(dtype))  # [B, L, D]
-        turn = rotation(condition.positions, cfg.head_dim, max_positions=cfg.max_positions)
-
         graphdef, layers = nnx.split(self.blocks, graph=False)
 
-        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-            x = checkpoint_name(x, BLOCK_INPUT)
-            return nnx.merge(graphdef, layer)(x, level_rows, text, turn, condition), None
+        def run(x: jax.Array, condition: Condition, layers: Any) -> jax.Array:
+            """Tokens through a stack of blocks."""
+            turn = rotation(condition.positions, cfg.head_dim, max_positions=cfg.max_positions)
 
-        policy = REMAT[cfg.remat]
-        if policy is not None:
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x, _ = jax.lax.scan(body, x, layers, unroll=cfg.n_layers <= UNROLLED)  # [B, N, D]
+            def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+                x = checkpoint_name(x, BLOCK_INPUT)
+                return nnx.merge(graphdef, layer)(x, level_rows, text, turn, condition), None
+
+            policy = REMAT[cfg.remat]
+            if policy is not None:
+                body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+            count = jax.tree.leaves(layers)[0].shape[0]
+            return jax.lax.scan(body, x, layers, unroll=count <= UNROLLED)[0]
+
+        if through is None:
+            x = run(x, condition, layers)  # [B, N, D]
+        else:
+            first, last = cfg.route_around[0], cfg.n_layers - cfg.route_around[1]
+            before, middle, after = (_part(layers, *ends) for ends in ((0, first), (first, last), (last, None)))
+            x = run(x, condition, before)  # [B, N, D]
+            part = run(take(x, through), condition_of_part(condition, through), middle)  # [B, M, D]
+            x = run(put_back(x, part, through), condition, after)  # [B, N, D]
 
         rows = level[:, :, None] + self.head_modulation[...]  # [B, G, 2, D]
         shift, scale = (spread(rows[:, :, i], condition.level_ids) for i in (0, 1))
         x = (layer_norm(x, cfg.eps) * (1 + scale) + shift).astype(dtype)
         return self.head(x).astype(jnp.float32)
+
+
+def _part(layers: Any, start: int, stop: int | None) -> Any:
+    """Of stacked blocks, those from `start` up to `stop`."""
+    return jax.tree.map(lambda leaf: leaf[start:stop], layers)
 
 
 def _volume(patch: Stride) -> int:

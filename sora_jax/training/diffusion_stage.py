@@ -94,6 +94,7 @@ def diffusion_stage(context: Context) -> Stage:
         ema_decay=config.train.ema,
         dtype=context.dtype,
         accumulate=config.train.accumulate,
+        route_share=config.transformer.route_share,
     )
     validate = None
     if data.held_out:
@@ -228,13 +229,18 @@ def _held_out_rows(source: LatentSource, context: Context, tokenizer: Tokenizer)
 
 
 def diffusion_flops(transformer: TransformerConfig, text: TextEncoderConfig, tokens: int, text_tokens: int) -> float:
-    """Floating-point operations of a row's forward pass: matrix products and attention, of padding too."""
+    """Floating-point operations of a row's forward pass in training: matrix products and attention, of padding too."""
     N, L, D, ff = tokens, text_tokens, transformer.dim, transformer.ffn_dim
     patch = math.prod(transformer.patch)
-    # a layer: self-attention 4 D^2, cross-attention 2 D^2 and its text 2 D^2, MLP 2 D ff; scores and their values
-    layer = 2 * N * (6 * D**2 + 2 * D * ff) + 4 * L * D**2 + 4 * N * N * D + 4 * N * L * D
+
+    def layer(N: int) -> int:
+        # self-attention 4 D^2, cross-attention 2 D^2 and its text 2 D^2, MLP 2 D ff; scores and their values
+        return 2 * N * (6 * D**2 + 2 * D * ff) + 4 * L * D**2 + 4 * N * N * D + 4 * N * L * D
+
+    around = sum(transformer.route_around) if transformer.route_share else transformer.n_layers
+    layers = around * layer(N) + (transformer.n_layers - around) * layer(N - round(transformer.route_share * N))
     borders = 2 * N * D * patch * (transformer.in_channels + transformer.out_channels)
     borders += 2 * L * (transformer.text_dim * D + D * D)
     inner = text.num_heads * text.d_kv
     text_layer = 2 * L * (4 * text.d_model * inner + 3 * text.d_model * text.d_ff) + 4 * L * L * inner
-    return float(transformer.n_layers * layer + borders + text.num_layers * text_layer)
+    return float(layers + borders + text.num_layers * text_layer)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sora_jax.diffusion.flow import (
     loss_by_level,
@@ -28,6 +28,7 @@ from sora_jax.diffusion.flow import (
     velocity_target,
 )
 from sora_jax.diffusion.levels import Levels, LevelsConfig, RowIndex, draw_levels
+from sora_jax.models.routing import draw_through
 from sora_jax.models.transformer import model_time
 from sora_jax.shapes import Condition
 from sora_jax.tokens.packing import PackedRows
@@ -39,6 +40,7 @@ from sora_jax.training.state import TrainState, apply_gradients
 Step = Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]
 
 PAD = 0  # the id of an empty place, in ByT5 and UMT5 alike
+ROUTES = 1  # what the key of a step's routes is folded with
 BANDS = 10  # equal shares of the levels that are trained: one validated in the middle of each, and a loss of each
 
 
@@ -83,10 +85,11 @@ def diffusion_loss(
     noise: Float[Array, "B N P"],
     dtype: jnp.dtype | type = jnp.float32,
     total: Float[Array, ""] | None = None,
+    through: Int[Array, "B M"] | None = None,
 ) -> Float[Array, ""]:
     """Mean squared error of the velocity over the tokens that are neither padding nor given; with `total`, the share of
-    these rows in the mean over so many."""
-    errors = diffusion_errors(modules, params, rows, levels, noise, dtype)
+    these rows in the mean over so many; `through` as in `diffusion_errors`."""
+    errors = diffusion_errors(modules, params, rows, levels, noise, dtype, through)
     return mean_of_counted(errors.error, errors.counted, total)
 
 
@@ -105,8 +108,10 @@ def diffusion_errors(
     levels: Levels,
     noise: Float[Array, "B N P"],
     dtype: jnp.dtype | type = jnp.float32,
+    through: Int[Array, "B M"] | None = None,
 ) -> TokenErrors:
-    """What the transformer gets wrong about `rows` mixed with `noise` at `levels`."""
+    """What the transformer gets wrong about `rows` mixed with `noise` at `levels`; with `through`, where the other
+    tokens pass by its middle (`models.routing`)."""
     rows = rows.replace(level_ids=levels.level_ids)
     clean = rows.tokens.astype(jnp.float32)
     sigma = spread(levels.sigma, rows.level_ids)
@@ -115,7 +120,8 @@ def diffusion_errors(
 
     text = read_text(modules, params, rows, dtype)
     transformer = nnx.merge(modules.transformer, params["transformer"])
-    velocity = transformer(noisy, model_time(levels.sigma), condition_of(rows, text, given), dtype=dtype)
+    condition = condition_of(rows, text, given)
+    velocity = transformer(noisy, model_time(levels.sigma), condition, through=through, dtype=dtype)
     error = token_errors(velocity, velocity_target(clean, noise))
     return TokenErrors(error, ~given & (rows.segment_ids > 0), sigma)
 
@@ -143,9 +149,11 @@ def make_diffusion_step(
     ema_decay: float = 0.999,
     dtype: jnp.dtype | type = jnp.float32,
     accumulate: int = 1,
+    route_share: float = 0.0,
 ) -> Step:
     """`step(state, rows, kept={}) -> (state, metrics)`, jitted, with `state` donated; `kept` are modules that do not
-    learn, by name. The rows are taken in `accumulate` passes.
+    learn, by name. The rows are taken in `accumulate` passes. `route_share` of the tokens pass by the blocks in the
+    middle.
 
     Randomness comes from `state.step_key()` alone, so a resumed run draws what the uninterrupted one would have drawn.
     Metrics: `loss`; `loss_0.05`, ...: the mean over the tokens of each band of levels, by its middle, with how many
@@ -156,19 +164,24 @@ def make_diffusion_step(
     def step(
         state: TrainState, rows: PackedRows, kept: Mapping[str, Any] = MappingProxyType({})
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        level_key, noise_key = jax.random.split(state.step_key())
+        key = state.step_key()
+        level_key, noise_key = jax.random.split(key)
         drawn = draw_levels(level_key, levels, index_of(rows))
         noise = jax.random.normal(noise_key, rows.tokens.shape, jnp.float32)
+        through = None
+        if route_share:
+            through = draw_through(jax.random.fold_in(key, ROUTES), rows.segment_ids, route_share)
 
         total = jnp.sum(~given_tokens(drawn) & (rows.segment_ids > 0), dtype=jnp.float32)
 
-        def share(params: Any, batch: tuple[PackedRows, Levels, jax.Array]) -> tuple[jax.Array, Any]:
-            errors = diffusion_errors(modules, complete(kept, params), *batch, dtype=dtype)
+        def share(params: Any, batch: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+            rows, drawn, noise, through = batch
+            errors = diffusion_errors(modules, complete(kept, params), rows, drawn, noise, dtype, through)
             means, tokens = loss_by_level(errors.error, errors.counted, errors.sigma, edges)
             sums = jnp.where(tokens > 0, means * tokens, 0.0)
             return mean_of_counted(errors.error, errors.counted, total), (sums, tokens)
 
-        (loss, (sums, tokens)), grads = accumulated(share, state.params, (rows, drawn, noise), accumulate)
+        (loss, (sums, tokens)), grads = accumulated(share, state.params, (rows, drawn, noise, through), accumulate)
         state, metrics = apply_gradients(
             state, grads, loss, optimizer, clip_norm=clip_norm, spike_sigmas=spike_sigmas, ema_decay=ema_decay
         )
