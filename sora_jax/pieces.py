@@ -17,15 +17,18 @@ from jaxtyping import Array, Float, Int, UInt8
 from sora_jax import runtime
 from sora_jax.canvas import Layout
 from sora_jax.diffusion.guidance import Velocity, classifier_free_guidance
-from sora_jax.errors import UserError
+from sora_jax.errors import UserError, nearest
 from sora_jax.experts import Experts, on_devices
+from sora_jax.load import LiveAdapters
 from sora_jax.models.autoencoder import Autoencoder, decode_stream, encode_stream
 from sora_jax.models.structure import structure_of
 from sora_jax.models.text_encoder import TextEncoder
 from sora_jax.models.transformer import Transformer, model_time
+from sora_jax.settings import real
 from sora_jax.shapes import Condition
 from sora_jax.sharding import gather
 from sora_jax.weights.layout import ModelFolder, Progress
+from sora_jax.weights.lora import check_weight
 
 
 class Pieces:
@@ -38,19 +41,20 @@ class Pieces:
         dtype: str = "auto",
         mesh: Mesh | None = None,
         lora: Mapping[str, float] | None = None,
+        live: LiveAdapters | None = None,
     ):
-        """`folder` has the adapters `lora` merged into it already; a video's record names them."""
+        """`folder` has the adapters `lora` in it already, merged or `live`; a video's record names them."""
         self.lora = dict(lora or {})
+        self._live = live
         self.folder = folder
         self.name = name
         self.mesh = mesh
+        self._place_transformers()
         devices = None if mesh is None else mesh.devices.ravel().tolist()
         self.dtype = runtime.compute_dtype(dtype, devices)
         self._platform = (devices or jax.devices())[0].platform
         self.stride = folder.autoencoder_config.stride
         self.patch = folder.transformer_config.patch
-        self.params = folder.transformer
-        self._experts = Experts(folder, mesh)
         self._transformer = structure_of(lambda rngs: Transformer(folder.transformer_config, rngs=rngs))
         self._text_encoder = structure_of(lambda rngs: TextEncoder(folder.text_encoder_config, rngs=rngs))
         self._autoencoder = structure_of(lambda rngs: Autoencoder(folder.autoencoder_config, rngs=rngs))
@@ -62,6 +66,26 @@ class Pieces:
             for whole_times, velocity in ((False, self.velocity), (True, whole))
             for guided in (False, True)
         }
+
+    def _place_transformers(self) -> None:
+        self.params = self.folder.transformer
+        self._experts = Experts(self.folder, self.mesh)
+
+    def set_lora(self, weights: Mapping[str, float]) -> None:
+        """From now on adapters loaded with `lora_live=True` count as much as `weights` says, by the names under which
+        they were loaded; 0 is without, and files that are not named stay as they are. Nothing compiles anew. Raises
+        `UserError` for a file that was not loaded, and for adapters that were merged."""
+        if self._live is None:
+            why = "its adapters were merged into the kernels" if self.lora else "it was loaded without adapters"
+            raise UserError(f"{self.name} has no weights to set: {why}; load it with lora={{FILE: W}}, lora_live=True")
+        for name, weight in weights.items():
+            if name not in self.lora:
+                raise UserError(f"LoRA file {name} was not loaded with {self.name}: {nearest(name, self.lora)}")
+            check_weight(name, real(f"the weight of {name}", weight))
+        lora = self.lora | {name: float(weight) for name, weight in weights.items()}
+        self.folder = self._live.beside(self.folder, lora)
+        self.lora = lora  # another dict than the records of videos have
+        self._place_transformers()
 
     def condition(self, layout: Layout, prompts: Sequence[Sequence[str]]) -> Condition:
         """What the model is told about B rows of one layout, with a prompt per span in each."""

@@ -58,6 +58,7 @@ class Pipeline(Pieces):
         mesh: Mesh | Mapping[str, int] | None = None,
         dtype: str = "auto",
         lora: str | Mapping[str, float] | None = None,
+        lora_live: bool = False,
         offload: bool = False,
         progress: Progress | None = None,
     ) -> Pipeline:
@@ -65,8 +66,9 @@ class Pipeline(Pieces):
         workdir. `mesh` spreads parameters and tokens over devices; as lengths of its axes it takes all of them:
         {"fsdp": 4, "sequence": 2}. Without, one device does it all. `dtype` is that of activations and, for a model
         folder, of parameters: "auto", "float32" or "bfloat16". `lora` names a file of low-rank adapters to merge into
-        the transformer, or several with a weight each. With `offload` text encoder and autoencoder lie on the host, and
-        on the devices for as long as they work. `progress` is called with "load", the bytes read and those of all.
+        the transformer, or several with a weight each; with `lora_live` they lie beside its kernels, which stay as they
+        are, and `set_lora` changes the weights. With `offload` text encoder and autoencoder lie on the host, and on the
+        devices for as long as they work. `progress` is called with "load", the bytes read and those of all.
 
         Several processes (`jax.distributed`) may load one model over a mesh of all their devices; each then makes the
         same calls, and has the same videos."""
@@ -74,8 +76,8 @@ class Pipeline(Pieces):
         if mesh is not None and not isinstance(mesh, Mesh):
             mesh = sharding.make_mesh(mesh)
         adapters = {lora: 1.0} if isinstance(lora, str) else lora
-        folder, name = load_model(model, mesh, dtype, adapters, offload=offload, progress=progress)
-        return cls(folder, name, dtype, mesh, adapters)
+        loaded = load_model(model, mesh, dtype, adapters, lora_live=lora_live, offload=offload, progress=progress)
+        return cls(loaded.folder, loaded.name, dtype, mesh, adapters, loaded.live)
 
     def __call__(self, prompt: str | Sequence[str], **options: Any) -> Any:
         """As `sample`."""

@@ -31,7 +31,7 @@ class Record:
     guidance_low: float | None = None  # of the expert for low noise, where it has one of its own
     solver: str | None = None
     shift: float | None = None
-    lora: dict[str, float] = dataclasses.field(default_factory=dict)  # files merged into the model, with their weights
+    lora: dict[str, float] = dataclasses.field(default_factory=dict)  # files of adapters, with their weights
     given: dict[str, str] = dataclasses.field(default_factory=dict)  # files whose frames were given: {"image": path}
     software: str = f"sora_jax {__version__}"
     digital_source_type: str = GENERATED

@@ -134,8 +134,8 @@ WAN = Path(__file__).parent / "fixtures" / "wan_t2v"
 def test_the_authors_files_are_verified_too(capsys, tmp_path, monkeypatch):
     """The same numbers under the authors' names: only the hash, which names go into, is another."""
     model = load_folder(WAN)
-    save_original(tmp_path / "model", model)
     monkeypatch.setattr(original, "AUTOENCODERS", {"Wan2.1_VAE": model.autoencoder_config})  # a name stands for sizes
+    save_original(tmp_path / "model", model)
     found = []
     for path in (WAN, tmp_path / "model"):
         code, out, _ = run(capsys, "verify-model", path, "--json")
@@ -154,8 +154,18 @@ def test_the_authors_files_are_verified_too(capsys, tmp_path, monkeypatch):
     assert (code, out, "is not a model folder" in err[-1]) == (2, "", True)
 
 
-def test_sizes_of_the_authors_files_that_cannot_be_are_refused(tmp_path):
-    save_original(tmp_path / "model", load_folder(WAN))
+def test_an_autoencoder_of_other_sizes_has_no_place_in_the_authors_layout(capsys, tmp_path):
+    """The fixture is Wan in all but its sizes, which no file of that layout would tell."""
+    code, out, err = run(capsys, "export", WAN, tmp_path / "out", "--layout", "original")
+    assert (code, out) == (2, "")
+    assert "Wan2.1_VAE or Wan2.2_VAE, stands for sizes and statistics of latents, and this one has others" in err[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes_of_the_authors_files_that_cannot_be_are_refused(tmp_path, monkeypatch):
+    model = load_folder(WAN)
+    monkeypatch.setattr(original, "AUTOENCODERS", {"Wan2.1_VAE": model.autoencoder_config})
+    save_original(tmp_path / "model", model)
     path = epath.Path(tmp_path / "model")
     config, text = path / "config.json", path / "models_t5_umt5-xxl-enc.safetensors"
     written = json.loads(config.read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sora_jax import Pipeline
+from sora_jax.config import load_config, to_json
 from sora_jax.errors import UserError
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.weights.component import abstract_params, open_component, save_component
@@ -87,6 +89,15 @@ def adapter(path: Path, module: str = "blocks.0.attn1.to_q", n_in: int = 24, ran
     return path
 
 
+def with_difference(name: str, shape: tuple[int, ...], dtype: type = np.float32) -> Callable[[Path], None]:
+    """An adapter that fits, beside a tensor of that name, prefix apart."""
+
+    def make(path: Path) -> None:
+        save_file(load_file(adapter(path)) | {f"diffusion_model.{name}": np.ones(shape, dtype)}, path)
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("make", "weight", "says"),
     [
@@ -110,6 +121,11 @@ def adapter(path: Path, module: str = "blocks.0.attn1.to_q", n_in: int = 24, ran
         (lambda p: p.mkdir(), 1.0, "is a folder"),
         (lambda p: None, 1.0, "does not exist"),
         (adapter, float("nan"), "must have a finite weight, not nan"),
+        (with_difference("blocks.0.norm3.diff", (5,)), 1.0, r"norm3\.diff has the shape \[5\], and \[24\] here"),
+        (with_difference("patch_embedding.diff", (24, 36, 1, 2, 2)), 1.0, r"\[24, 4, 1, 2, 2\] here"),  # image to video
+        (with_difference("blocks.0.ffn.0.diff_b", (24,)), 1.0, r"ffn\.0\.diff_b has the shape \[24\], and \[40\] here"),
+        (with_difference("blocks.0.norm9.diff", (24,)), 1.0, r"1 of its modules .*norm9\.diff"),
+        (with_difference("blocks.0.norm3.diff", (24,), np.int32), 1.0, r"norm3\.diff has dtype I32; known: F32"),
     ],
 )
 def test_a_lora_that_does_not_fit_is_refused_before_anything_is_placed(
@@ -120,6 +136,19 @@ def test_a_lora_that_does_not_fit_is_refused_before_anything_is_placed(
     with pytest.raises(UserError, match=says) as error:
         Pipeline.load(WAN, lora={str(file): weight})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("init", [None, WAN])
+def test_a_lora_is_checked_before_a_runs_checkpoint_is_looked_for(init: Path | None, tmp_path: Path):
+    """Onto a run of a whole model, and one that tunes a folder: the run has no checkpoint yet, and is not asked."""
+    tunes = [] if init is None else [f"train.init={init}", "train.learns=lora", "transformer.lora_rank=2"]
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(to_json(load_config("world", tunes)))
+    file = adapter(tmp_path / "lora.safetensors", n_in=30)
+    with pytest.raises(UserError, match=r"is for another model: blocks\.0\.attn1\.to_q has \(30,\) in"):
+        Pipeline.load(tmp_path / "run", lora=str(file))
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        Pipeline.load(tmp_path / "run")
 
 
 def test_what_is_no_model_is_said_to_be_none(tmp_path: Path):

@@ -377,6 +377,33 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, tmp_path):
     assert not any("safetensors" in pattern for pattern in asked[1]), "a plan fetches no weights"
 
 
+def test_a_hub_name_of_the_authors_files_is_fetched_whole(monkeypatch, tmp_path):
+    """By the hub's own reading of patterns, on the listing of a repository of two experts, and of one of one."""
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or str(tmp_path)
+    )
+    monkeypatch.chdir(tmp_path)
+    find_model("nobody/nothing")
+    needed = {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model-00001-of-00006.safetensors",
+        "diffusion_pytorch_model.safetensors.index.json",
+        "high_noise_model/config.json",
+        "low_noise_model/diffusion_pytorch_model-00001-of-00006.safetensors",
+        "low_noise_model/diffusion_pytorch_model.safetensors.index.json",
+        "models_t5_umt5-xxl-enc-bf16.pth",
+        "Wan2.1_VAE.pth",
+        "google/umt5-xxl/tokenizer.json",
+        "google/umt5-xxl/tokenizer_config.json",
+    }
+    others = {"README.md", "LICENSE.txt", "assets/logo.png", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"}
+    fetched = hub.utils.filter_repo_objects(needed | others, allow_patterns=asked[0])
+    assert set(fetched) == needed
+
+
 def test_unknown_model_names_the_shipped_ones():
     with pytest.raises(UserError, match="unknown model 'wrold'.*did you mean \"world\""):
         Pipeline.load("wrold")

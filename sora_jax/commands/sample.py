@@ -61,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[=WEIGHT]",
         help="low-rank adapters to merge into the model; repeatable; of two experts into both, or high:FILE, low:FILE",
     )
+    how.add_argument(
+        "--lora-live", action="store_true", help="keep adapters beside the kernels, which stay as they are"
+    )
     how.add_argument("--steps", type=int, metavar="N", help="solver steps; more is slower and finer")
     how.add_argument("--guidance", type=float, metavar="W", help="how strongly the prompt is followed; 1 = as trained")
     how.add_argument("--guidance-low", type=float, metavar="W", help="that of a second expert, for low noise")
@@ -126,7 +129,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     lora = _loras(args.lora) if args.lora else like.lora if like else None
     model = args.model or (like.model if like else "world")
     with _progress(str(model)) as progress:
-        pipe = Pipeline.load(model, mesh=mesh, dtype=args.dtype, lora=lora, offload=args.offload, progress=progress)
+        pipe = Pipeline.load(
+            model,
+            mesh=mesh,
+            dtype=args.dtype,
+            lora=lora,
+            lora_live=args.lora_live,
+            offload=args.offload,
+            progress=progress,
+        )
     seconds = {"load": time.perf_counter() - started, "compile and sample": 0.0, "decode": 0.0, "write": 0.0}
     if writes:
         warn_of_unknown_words(jobs, pipe.name, pipe.folder.defaults.card)

@@ -71,8 +71,12 @@ LORA_TARGETS = (
     "cross_attn",
     "ffn",
     *(f"{name}.{part}" for name in ("self_attn", "cross_attn") for part in ("q", "k", "v", "out")),
-    "ffn.in_proj",
-    "ffn.out_proj",
+    *(f"{name}.{part}" for name in ("ffn", "time_embed", "text_embed") for part in ("in_proj", "out_proj")),
+    # what is outside the blocks has them where it is named
+    "time_embed",
+    "time_proj",
+    "text_embed",
+    "head",
 )
 
 MODEL_TIME = float(TRAIN_STEPS)
@@ -104,13 +108,14 @@ class TransformerConfig:
     # made, so that attention and what is cheap come again; "full": its input; "offload": its input and what attention
     # gave, on the host, so that kernels come again. Each takes less of the device's memory than the one before.
     remat: str = "none"
-    lora_rank: int = 0  # of low-rank adapters beside the kernels of attention and MLP; 0: none
+    lora_rank: int = 0  # of low-rank adapters beside the kernels that `lora_targets` names; 0: none
     lora_alpha: float = 0.0  # they are scaled by alpha / rank; 0: by 1
-    lora_targets: str = "self_attn,cross_attn,ffn"  # what of a block has them: these, or parts, "cross_attn.k"
-    route_share: float = (
-        0.0  # of a row's tokens that pass by the blocks in the middle, in training (`routing`); 0: none
-    )
-    route_around: tuple[int, int] = (1, 1)  # how many blocks before and after these take all tokens
+    # What of a block has them: these, or parts, "cross_attn.k"; and outside: "time_embed,time_proj,text_embed,head".
+    lora_targets: str = "self_attn,cross_attn,ffn"
+    # Of a row's tokens, the share that passes by the blocks in the middle, in training alone (`models.routing`); and
+    # how many blocks before and after these take all tokens.
+    route_share: float = 0.0
+    route_around: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_heads", "ffn_dim", "in_channels", "out_channels", "text_dim", "frequency_dim"):
@@ -138,11 +143,16 @@ class TransformerConfig:
         return self.n_heads * self.head_dim
 
     def low_rank(self, module: str) -> LowRank | None:
-        """The adapter beside the kernel of that module of a block ("cross_attn.k"); None where it has none."""
+        """The adapter beside the kernel of that module, by its name in a block ("cross_attn.k") or in the whole
+        ("head"); None where it has none."""
         wanted = self.lora_targets.split(",")
         if self.lora_rank and (module in wanted or module.partition(".")[0] in wanted):
             return LowRank(self.lora_rank, self.lora_scale)
         return None
+
+    def low_ranks(self, mlp: str) -> tuple[LowRank | None, LowRank | None]:
+        """Those of both kernels of an MLP."""
+        return self.low_rank(f"{mlp}.in_proj"), self.low_rank(f"{mlp}.out_proj")
 
     @property
     def lora_scale(self) -> float:
@@ -218,8 +228,7 @@ class Block(nnx.Module):
         self.self_attn = Attention(config, "self_attn", rngs=rngs)
         self.cross_norm = LayerNorm(dim, eps=config.eps, rngs=rngs)
         self.cross_attn = Attention(config, "cross_attn", rngs=rngs)
-        adapters = (config.low_rank("ffn.in_proj"), config.low_rank("ffn.out_proj"))
-        self.ffn = MLP(dim, config.ffn_dim, dim, act=gelu_tanh, rngs=rngs, low_rank=adapters)
+        self.ffn = MLP(dim, config.ffn_dim, dim, act=gelu_tanh, rngs=rngs, low_rank=config.low_ranks("ffn"))
         self.eps = config.eps
 
     def __call__(
@@ -261,13 +270,17 @@ class Transformer(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         dim = config.dim
         self.patch_embed = Linear(config.in_channels * _volume(config.patch), dim, (None, "embed"), rngs=rngs)
-        self.time_embed = MLP(config.frequency_dim, dim, dim, act=jax.nn.silu, rngs=rngs)
-        self.time_proj = Linear(dim, 6 * dim, ("embed", "mlp"), init=normal(0.02), rngs=rngs)
-        self.text_embed = MLP(config.text_dim, dim, dim, act=gelu_tanh, rngs=rngs)
+        adapted = config.low_ranks("time_embed")
+        self.time_embed = MLP(config.frequency_dim, dim, dim, act=jax.nn.silu, rngs=rngs, low_rank=adapted)
+        adapter = config.low_rank("time_proj")
+        self.time_proj = Linear(dim, 6 * dim, ("embed", "mlp"), init=normal(0.02), rngs=rngs, low_rank=adapter)
+        adapted = config.low_ranks("text_embed")
+        self.text_embed = MLP(config.text_dim, dim, dim, act=gelu_tanh, rngs=rngs, low_rank=adapted)
         self.blocks = stack_layers(lambda r: Block(config, rngs=r), config.n_layers, rngs)
         self.head_modulation = param(rngs, normal(dim**-0.5), (2, dim), (None, "embed"))
         # Zero output at the start: the first prediction is the mean velocity, and depth costs no stability.
-        self.head = Linear(dim, config.out_channels * _volume(config.patch), ("embed", None), init=zeros, rngs=rngs)
+        n_out, adapter = config.out_channels * _volume(config.patch), config.low_rank("head")
+        self.head = Linear(dim, n_out, ("embed", None), init=zeros, rngs=rngs, low_rank=adapter)
         self.config = config
 
     def __call__(

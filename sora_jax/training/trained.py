@@ -10,16 +10,26 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
+from sora_jax import config as configs
 from sora_jax.config import Config
 from sora_jax.data.world.words import world_prompts, world_words
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.tokenizer import ByteTokenizer
+from sora_jax.models.transformer import TransformerConfig
 from sora_jax.training.adapters import ADAPTERS, merge_adapters
 from sora_jax.training.encoding import autoencoder_hash
-from sora_jax.training.pretrained import Run, find_pretrained, is_workdir, load_autoencoder, load_run
+from sora_jax.training.pretrained import (
+    Run,
+    abstract_modules,
+    find_pretrained,
+    is_workdir,
+    load_autoencoder,
+    load_run,
+    workdir_of,
+)
 from sora_jax.weights.defaults import SamplingDefaults, SchedulerDefaults
-from sora_jax.weights.layout import ModelFolder, load_folder
+from sora_jax.weights.layout import ModelFolder, load_folder, read_configs
 
 
 def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None, autoencoder: str = "") -> ModelFolder:
@@ -28,13 +38,9 @@ def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None, autoencoder: 
 
     Raises `UserError` for a run without a checkpoint, and for one that trained an autoencoder alone.
     """
+    _config_of(workdir)
     run = load_run(workdir, mesh)
     config = run.config
-    if not run.params.keys() & {"transformer", ADAPTERS}:
-        raise UserError(
-            f"{workdir} has trained {' and '.join(run.params)} alone, which makes no videos: name a run of the "
-            "diffusion stage"
-        )
     autoencoder_config, autoencoder_params = load_autoencoder(config.data.autoencoder, mesh)
     if autoencoder:
         ours = autoencoder_hash(autoencoder_config, autoencoder_params)
@@ -61,6 +67,29 @@ def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None, autoencoder: 
         ),
         path=workdir,
     )
+
+
+def _config_of(workdir: epath.Path) -> Config:
+    """The config of a run; raises `UserError` for one that makes no videos."""
+    config = configs.from_json((workdir_of(workdir) / "config.json").read_text())
+    if config.train.stage != "diffusion":
+        raise UserError(
+            f"{workdir} has trained {' and '.join(abstract_modules(config))} alone, which makes no videos: name a run "
+            "of the diffusion stage"
+        )
+    return config
+
+
+def transformer_of_run(workdir: epath.Path) -> tuple[TransformerConfig, bool]:
+    """The sizes of the transformer of `model_of_run`, and whether there are two experts: by the small files alone."""
+    config = _config_of(workdir)
+    if config.train.learns == "all" or config.train.anew:
+        return dataclasses.replace(config.transformer, lora_rank=0), False
+    base = find_pretrained(config.train.init)
+    if is_workdir(base):
+        return transformer_of_run(base)
+    found = read_configs(base)
+    return found.transformer, found.two_experts
 
 
 def _tuned(

@@ -268,7 +268,12 @@ def save_original(path: epath.PathLike, model: ModelFolder, *, dtype: str = "flo
     path = epath.Path(path)
     if not isinstance(model.tokenizer, SubwordTokenizer):
         raise UserError("the original layout is Wan's, and this model reads bytes: use the layout diffusers")
-    stem = next((s for s, c in AUTOENCODERS.items() if c.is_residual == model.autoencoder_config.is_residual), "")
+    stem = next((stem for stem, config in AUTOENCODERS.items() if config == model.autoencoder_config), None)
+    if stem is None:
+        raise UserError(
+            f"the original layout has no config of the autoencoder: the name of its file, {' or '.join(AUTOENCODERS)}, "
+            "stands for sizes and statistics of latents, and this one has others: use the layout diffusers"
+        )
     with new_folder(path, marker=TOKENIZER, overwrite=overwrite) as folder:
         experts = [model.transformer] if model.transformer_2 is None else [model.transformer, model.transformer_2]
         for name, params in zip(EXPERTS if len(experts) == 2 else (".",), experts, strict=True):

@@ -13,7 +13,16 @@ from sora_jax.errors import UserError, nearest
 SHIPPED = Path(__file__).parents[1] / "assets"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_CONFIGS = ("model_index.json", "sora_jax.json", "*/*.json")  # all that a plan reads
-HUB_FILES = (*HUB_CONFIGS, "*/*.safetensors", "*/*.model")
+# In the layout of `diffusers`, and that of Wan's authors, whose files lie at the top.
+HUB_FILES = (
+    *HUB_CONFIGS,
+    "*/*.safetensors",
+    "*/*.model",
+    "config.json",
+    "diffusion_pytorch_model*",
+    "models_t5_*",
+    "Wan2.?_VAE.*",
+)
 
 
 def shipped_models(folder: Path = SHIPPED) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""LoRA files that the reference wrote: merged into our kernels they do what its live adapters do."""
+"""LoRA files that the reference wrote: merged into our kernels, or beside them, they do what its live adapters do."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def add_adapter(theirs: Any, seed: int, rank: int, alpha: float, path: Path) -> 
     return path / "pytorch_lora_weights.safetensors"
 
 
-def test_merged_files_are_the_references_live_adapters(tmp_path):
+def test_files_merged_and_live_are_the_references_live_adapters(tmp_path):
     import reference
     import torch
 
@@ -66,10 +66,11 @@ def test_merged_files_are_the_references_live_adapters(tmp_path):
     expected = np.moveaxis(made.frames[0].numpy(), 0, -1)
     options = {"frames": 5, "steps": 4, "guidance": 1.0, "noise": noise, "output": "latents", **size}
     loras = dict(zip(map(str, files), (1.0, -0.5), strict=True))
-    pipe = Pipeline.load(folder, dtype="float32", lora=loras)
-    video = pipe.sample("a red ball", **options)
-    assert np.abs(video.latents - expected).max() <= 1e-4 * expected.std()
-    assert video.record.lora == loras
+    for live in (False, True):
+        pipe = Pipeline.load(folder, dtype="float32", lora=loras, lora_live=live)
+        video = pipe.sample("a red ball", **options)
+        assert np.abs(video.latents - expected).max() <= 1e-4 * expected.std()
+        assert video.record.lora == loras
     without = Pipeline.load(folder, dtype="float32").sample("a red ball", **options).latents
     assert np.abs(without - expected).max() > 0.01 * expected.std(), "the adapters do something"
 
