@@ -17,9 +17,6 @@ import argparse
 import datetime as dt
 import functools
 import json
-import os
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +25,7 @@ from typing import Any
 
 import study_fit
 import study_page
+from running import OtherWork, machine, named, rounded, sora_jax
 from study_runs import BASE, BASE_STEPS, BASE_WIDTH, MODEL, PREDICTED, PREPARED, RUNS, SCALE, Run
 
 RESULTS = Path(__file__).parent / "runs" / "study"
@@ -64,10 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def chosen(which: Sequence[str]) -> list[Run]:
     """The runs with these names or of these groups, in the order of RUNS; all, where nothing is named."""
-    known = {word for run in RUNS for word in (run.name, run.group)}
-    if unknown := set(which) - known:
-        raise SystemExit(f"no run or group is called {', '.join(sorted(unknown))}; --list names them")
-    return [run for run in RUNS if not which or {run.name, run.group} & set(which)]
+    return named(RUNS, which)
 
 
 def make(run: Run, work: Path) -> None:
@@ -110,7 +105,7 @@ def trained(run: Run, work: Path) -> dict[str, Any]:
         sora_jax("train", "--config", BASE, "--workdir", str(workdir), *told)
         beside.write_text(json.dumps(other.share()))  # of the last leg
     log = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    lines = [_rounded({key: value for key, value in line.items() if _kept(key)}) for line in log]
+    lines = [rounded({key: value for key, value in line.items() if _kept(key)}) for line in log]
     (RESULTS / f"{run.name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     checked = [line for line in lines if "validation_loss" in line]
     return {
@@ -128,16 +123,7 @@ def judged(model: str, flags: str) -> dict[str, Any]:
     """Held-out prompts: shares that are right, with their Wilson intervals."""
     command = ["eval", "--model", model, *JUDGED.split(), *flags.split(), "--json"]
     metrics = json.loads(sora_jax(*command))["metrics"]
-    return {"accuracy": {name: _rounded(metric) for name, metric in metrics.items()}}
-
-
-def sora_jax(*command: str) -> str:
-    """What `sora-jax COMMAND` prints, in a process of its own; stops the study when that fails."""
-    sys.stderr.write(f"sora-jax {' '.join(command)}\n")
-    done = subprocess.run([sys.executable, "-m", "sora_jax", *command], check=False, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"stopped: exit code {done.returncode}; the same command goes on from here")
-    return done.stdout
+    return {"accuracy": {name: rounded(metric) for name, metric in metrics.items()}}
 
 
 # -------------------------------------------------------------------------------------------------------- equal compute
@@ -232,43 +218,8 @@ def predict() -> dict[str, Any] | None:
     return made
 
 
-class OtherWork:
-    """How many cores were busy with something else than our child processes since this was made (Linux)."""
-
-    def __init__(self) -> None:
-        self.began = self._now()
-
-    def share(self) -> float | None:
-        """In cores; None where the system does not say."""
-        now = self._now()
-        if now is None or self.began is None:
-            return None
-        seconds, busy, ours = (after - before for after, before in zip(now, self.began, strict=True))
-        return round(max(busy - ours, 0.0) / max(seconds, 1e-9), 2)
-
-    @staticmethod
-    def _now() -> tuple[float, float, float] | None:
-        stat = Path("/proc/stat")
-        if not stat.exists():
-            return None
-        user, nice, system, _, _, irq, softirq = map(int, stat.read_text().split(maxsplit=8)[1:8])
-        children = resource.getrusage(resource.RUSAGE_CHILDREN)
-        busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-        return time.monotonic(), busy, children.ru_utime + children.ru_stime
-
-
-def machine() -> dict[str, Any]:
-    import jax
-
-    return {"cores": os.cpu_count(), "jax": jax.__version__, "date": dt.date.today().isoformat()}
-
-
 def _kept(key: str) -> bool:
     return key in ("step", "loss") or (key.startswith("validation_loss") and not key.endswith("_tokens"))
-
-
-def _rounded(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in values.items()}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import study_fit
 from marked import between
+from running import QUIET
 from study_runs import BASE, PREDICTED, SCALE, Run
 
 mpl.use("Agg")
@@ -18,7 +19,6 @@ import matplotlib.pyplot as plt
 PAGE = Path(__file__).with_name("study.md")
 IMAGES = Path(__file__).parent / "images"
 ATTRIBUTES = ("background", "color", "shape", "count", "motion", "all")
-QUIET = 0.1  # cores that other work may have taken, and a time still be the run's own
 
 Result = dict[str, Any]
 Results = Mapping[str, Result]
@@ -26,7 +26,17 @@ Results = Mapping[str, Result]
 
 def write(runs: Sequence[Run], results: Results, prediction: Result | None) -> None:
     """The page with its tables made anew, and the pictures for which there are results."""
-    trained = [run for run in runs if run.group not in ("sampling", "scaling", "rates")]
+    PAGE.write_text(page(runs, results, prediction))
+    done = [run for run in _trainings(runs) if run.name in results and run.same_latents]
+    if sum(run.group == "seeds" for run in done) > 1 and "base" in results:
+        draw_changes(done, results)
+    if sum(name in results for name in SCALE) > 1:
+        draw_scaling(results, prediction)
+
+
+def page(runs: Sequence[Run], results: Results, prediction: Result | None) -> str:
+    """The page as it should be."""
+    trained = _trainings(runs)
     sampled = [run for run in runs if run.group == "sampling"]
     curve = [run for name in SCALE for run in runs if run.name == name]
     curve += [run for run in runs if run.group == "rates"]
@@ -36,15 +46,15 @@ def write(runs: Sequence[Run], results: Results, prediction: Result | None) -> N
         "scaling": [*scaling_table(curve, results), "", *fit_lines(results, prediction)],
         "sampling": accuracy_table(sampled, results),
     }
-    page = PAGE.read_text()
+    text = PAGE.read_text()
     for name, lines in tables.items():
-        page = between(page, name, "\n".join(lines), by="docs/study.py")
-    PAGE.write_text(page)
-    done = [run for run in trained if run.name in results and run.same_latents]
-    if sum(run.group == "seeds" for run in done) > 1 and "base" in results:
-        draw_changes(done, results)
-    if sum(name in results for name in SCALE) > 1:
-        draw_scaling(results, prediction)
+        text = between(text, name, "\n".join(lines), by="docs/study.py")
+    return text
+
+
+def _trainings(runs: Sequence[Run]) -> list[Run]:
+    """The single changes: neither ways to sample nor points of the curve."""
+    return [run for run in runs if run.group not in ("sampling", "scaling", "rates")]
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

@@ -215,3 +215,9 @@ def test_the_table_says_what_a_change_gained():
     assert "not run yet" in lines[4]
     assert len({line.count("|") for line in lines}) == 1
     assert "| 100 | 50 (25 to 75) |" in study_page.accuracy_table([BY_NAME["base"]], results)[2]
+
+
+def test_the_page_is_what_the_results_make():
+    prediction = json.loads(study.PREDICTION.read_text()) if study.PREDICTION.exists() else None
+    made = study_page.page(RUNS, study.results(), prediction)
+    assert study_page.PAGE.read_text() == made, "study.md was edited by hand: run docs/study.py --tables"
