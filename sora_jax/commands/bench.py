@@ -50,9 +50,11 @@ RATES = {"loader": "clips/s", "world-render": "clips/s", "world-2-render": "clip
 ONE_CORE = ("loader", "world-render", "world-2-render")
 
 # Runs one row in a process of its own and prints its seconds last: module, row, whether on one core, and what the row
-# takes.
+# takes. Freed memory is kept, as in every run of the command line, and for the reference too.
 CHILD = """
 import importlib, os, sys
+from sora_jax.runtime import keep_memory
+keep_memory()
 if sys.argv[3] and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core
 print(importlib.import_module(sys.argv[1]).ROWS[sys.argv[2]](*sys.argv[4:]))
