@@ -121,7 +121,7 @@ TINY = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.runs
 def test_the_compiler_agrees_on_the_devices_at_hand(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     target = find_target("local", None)

@@ -108,6 +108,7 @@ def test_adapters_start_as_nothing_and_merged_they_do_what_they_did():
     np.testing.assert_allclose(live, merged, atol=1e-5 * float(np.std(live)))
 
 
+@pytest.mark.runs
 def test_a_run_of_adapters_leaves_the_model_and_hands_back_both(
     config: Config, tiny_model: Path, tmp_path: Path, capsys
 ):
