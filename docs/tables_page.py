@@ -141,11 +141,7 @@ def stories_table(results: Results) -> list[str]:
         "same": "the same character across",
         "all": "all of a clip",
     }
-    found = results.get("stories")
-    return [
-        *_head(f"{_asked(found)} clips", ""),
-        *(_line(name, cell(found, key, share)) for key, name in names.items()),
-    ]
+    return _shares(results.get("stories"), "clips", names)
 
 
 def second_world_table(results: Results) -> list[str]:
@@ -156,11 +152,7 @@ def second_world_table(results: Results) -> list[str]:
         "physics.permanence": "permanence",
         "physics.weightlessness": "flight without gravity",
     }
-    found = results.get("second-world")
-    return [
-        *_head(f"{_asked(found)} prompts", ""),
-        *(_line(name, cell(found, key, share)) for key, name in names.items()),
-    ]
+    return _shares(results.get("second-world"), "prompts", names)
 
 
 def speed_table(results: Results) -> list[str]:
@@ -277,6 +269,12 @@ def _interval(metric: Result, short: Callable[[float], str]) -> str:
 
 def _marked(found: Result, text: str, missed: bool = False) -> str:
     return (f"**{text}**" if missed else text) + MARK * ("transcribed" in found)
+
+
+def _shares(found: Result | None, of: str, names: Mapping[str, str]) -> list[str]:
+    """A table of shares alone: a line for each metric, by what the page calls it."""
+    lines = (_line(name, cell(found, key, share)) for key, name in names.items())
+    return [*_head(f"{_asked(found)} {of}", ""), *lines]
 
 
 def _asked(found: Result | None) -> str:
