@@ -24,6 +24,7 @@ from sora_jax.models.autoencoder import Autoencoder, decode_stream, encode_strea
 from sora_jax.models.structure import structure_of
 from sora_jax.models.text_encoder import TextEncoder
 from sora_jax.models.transformer import Transformer, model_time
+from sora_jax.record import check_seed
 from sora_jax.settings import real
 from sora_jax.shapes import Condition
 from sora_jax.sharding import gather
@@ -155,8 +156,7 @@ class Pieces:
 
     def noise(self, seed: int, shape: tuple[int, ...]) -> Float[np.ndarray, "F h w C"]:
         """The noise that `seed` draws for latents of `shape`: the same on any device and in any batch."""
-        if not 0 <= seed < 2**32:
-            raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, not {seed}")
+        check_seed(seed)
         return np.asarray(_draw_noise(np.uint32(seed), shape))
 
 

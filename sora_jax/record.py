@@ -8,10 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from sora_jax import __version__
+from sora_jax.errors import UserError
+
+MAX_SEED = 2**32 - 1
 
 # The IPTC's term for media made by a model that learned from sampled content.
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 ALGORITHMIC = "http://cv.iptc.org/newscodes/digitalsourcetype/algorithmicMedia"  # and for media that no model made
+
+
+def check_seed(seed: int) -> None:
+    """Raise `UserError` for a seed that no noise is drawn from."""
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed must be a whole number from 0 to {MAX_SEED}, not {seed}")
 
 
 @dataclass(frozen=True)

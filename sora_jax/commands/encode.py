@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sora_jax.commands.flags import check_seed
 from sora_jax.errors import UserError, nearest
+from sora_jax.record import check_seed
 
 if TYPE_CHECKING:
     from sora_jax.data.sources import FolderSource, WorldClips

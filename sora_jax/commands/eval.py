@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sora_jax.commands.flags import check_seed, parse_shots
+from sora_jax.commands.flags import parse_shots
 from sora_jax.errors import UserError, nearest
+from sora_jax.record import check_seed
 
 if TYPE_CHECKING:
     from sora_jax.data.world import Mix

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from sora_jax.errors import UserError
 
-MAX_SEED = 2**32 - 1
-
 
 def parse_mesh(text: str) -> dict[str, int]:
     """The lengths of axes that "fsdp=4,sequence=2" names; which axes and devices there are is the mesh's to say."""
@@ -18,13 +16,6 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise UserError(f'--mesh gives {axis} twice: "{text}"')
         sizes[axis] = int(number)
     return sizes
-
-
-def check_seed(seed: int) -> int:
-    """`seed`, where noise can be drawn from it."""
-    if not 0 <= seed <= MAX_SEED:
-        raise UserError(f"seed must be a whole number from 0 to {MAX_SEED}, not {seed}")
-    return seed
 
 
 def parse_shots(text: str) -> tuple[int, ...]:

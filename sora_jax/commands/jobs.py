@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sora_jax.commands.flags import check_seed
 from sora_jax.errors import UserError, nearest
+from sora_jax.record import check_seed
 from sora_jax.vocabulary import nearest_prompt, unknown_words
 
 if TYPE_CHECKING:
