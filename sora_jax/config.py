@@ -65,7 +65,7 @@ class DataConfig:
     packing: Literal["packed", "buckets"] = "packed"  # clips of any shape share a row; or a step has one shape of them
     look_ahead: int = 256  # clips that each row is chosen from
     plan_steps: int = 32  # steps planned together, so that the rows of one cost the same
-    workers: int = 0  # loader processes; 0 = threads of this one
+    workers: int = 0  # processes that read or render batches ahead, in every stage; 0 = a thread of this one
     stalled_seconds: float = 600.0  # without a batch, after which the loader is taken for hung; 0 = never
     seed: int = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from typing import ClassVar
 
 import jax
@@ -99,6 +100,32 @@ def test_latents_are_those_of_each_clip_alone(encode, autoencoder, tmp_path):
         np.testing.assert_allclose(record.latents, expected, rtol=2e-3, atol=2e-3)  # float16
         assert (record.source, record.pixels) == (f"clip/{index}", frames.shape[:3])
     assert np.std([record.latents[0].mean() for record in cache]) > 1e-3, "clips differ"
+
+
+class Full(Clips):
+    """A source that gives up at its sixth clip."""
+
+    def batch(self, indices):
+        if 5 in indices:
+            raise UserError("too many clips cannot be read")
+        return super().batch(indices)
+
+
+def test_processes_read_what_threads_read(encode, tmp_path):
+    lengths = [5, 1, 3, 5, 1] * 5
+    read_by_threads = encode(Clips(lengths, bad=(4,)))
+    read_by_processes = encode(Clips(lengths, bad=(4,)), "again", workers=2)
+    assert read_by_processes._replace(seconds=0) == read_by_threads._replace(seconds=0, programs=0)  # compiled before
+    assert read_by_processes.left_out == ("clip 4: torn",)
+    for one, other in zip(LatentSource(tmp_path / "cache"), LatentSource(tmp_path / "again"), strict=True):
+        assert one.source == other.source
+        np.testing.assert_array_equal(one.latents, other.latents)
+    with pytest.raises(UserError, match="^too many clips cannot be read$"):
+        encode(Full([5] * 9), "stopped", workers=2)
+    assert not multiprocessing.active_children()
+    assert encode(Clips([5] * 9), "stopped", workers=2).made == 9 - 4  # the first shard was whole
+    with pytest.raises(UserError, match="no fewer than 0 processes: not 3, 2 and -1"):
+        encode(Clips([5]), "none", workers=-1)
 
 
 def test_each_shot_of_a_cut_clip_is_encoded_alone(encode, autoencoder, tmp_path):

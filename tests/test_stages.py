@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from flax import nnx
 
 from sora_jax.config import Config, from_dict, override
 from sora_jax.data.latents import LatentSource
+from sora_jax.data.workers import LoaderError
 from sora_jax.data.world import WorldSource, is_heldout, sample_scenes
 from sora_jax.errors import UserError
 from sora_jax.media import read_media, write_media
@@ -147,6 +152,19 @@ def test_parts_of_a_batch_are_the_batch_and_go_on_as_one(autoencoder_config: Con
     np.testing.assert_array_equal(next(whole), expected)
     for batches in (whole, *parts):
         batches.close()
+
+
+def test_processes_make_the_batches_of_one_thread(autoencoder_config: Config):
+    config = override(autoencoder_config, ["data.image_share=0.5", "data.workers=2"])
+    with contextlib.closing(batches_of(config)) as batches:
+        batches.restore({"next": 3, "source": {"world": config.data.seed}})
+        for number in range(3, 8):
+            np.testing.assert_array_equal(next(batches), batches.batch(number))
+        assert batches.state()["next"] == 8
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        with pytest.raises(LoaderError, match=r"one of 2 processes that read ahead died \(exit code -9"):
+            [next(batches) for _ in range(100)]  # some of which were ready
+    assert not multiprocessing.active_children()
 
 
 def test_held_out_clips_are_combinations_that_training_never_shows(autoencoder_config: Config):

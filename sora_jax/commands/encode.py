@@ -25,6 +25,7 @@ EXAMPLES = """
     sora-jax encode world --clips 100000 --out latents/pairs --mix single=0.3,pair=0.6
     sora-jax encode my_videos --out latents/mine --height 128 --width 192 --fps 8
     sora-jax encode world --split heldout --clips 256 --out gs://bucket/heldout --autoencoder runs/autoencoder
+    sora-jax encode world --clips 100000 --out latents/world --workers 16     # where an accelerator waits for clips
     sora-jax encode my_videos --out gs://bucket/mine      # in as many processes as are started: they share the work
 """
 
@@ -67,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-size", type=int, default=1024, metavar="N", help="clips in a file of the cache (1024)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="that read or render ahead (2)")
     parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that do so in place of threads (0)"
+    )
+    parser.add_argument(
         "--dtype", default="float32", metavar="DTYPE", help="to compute in: float32, or bfloat16, faster and coarser"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
@@ -97,6 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             clips_per_shard=args.shard_size,
             dtype=dtype,
             threads=args.threads,
+            workers=args.workers,
             progress=progress,
         )
     left_out += encoded.left_out

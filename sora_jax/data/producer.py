@@ -7,16 +7,12 @@ import queue
 import threading
 import time
 from collections.abc import Generator
-from typing import Any
+from typing import Any, Self
 
-from sora_jax.data.workers import Workers
+from sora_jax.data.workers import LoaderError, Workers
 
 PATIENCE = 2.0  # seconds: for what a dead worker had sent to come in, for a thread to end its batch
 STARTING = 60.0  # seconds more for the first batch: processes start, files are opened
-
-
-class LoaderError(RuntimeError):
-    """No more batches come, through no fault in the data: a process that reads died or hangs."""
 
 
 class Producer:
@@ -36,6 +32,9 @@ class Producer:
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
         if ahead:
             self._thread.start()
+
+    def __iter__(self) -> Self:
+        return self
 
     def __next__(self) -> Any:
         if self._end is not None:
@@ -57,18 +56,17 @@ class Producer:
                 self._started = True
                 return found
             now = time.monotonic()
-            if dead := self._workers.dead():
+            if error := self._workers.died():
                 died = died or now
                 if now - died >= PATIENCE:
-                    code = dead[0].exitcode
-                    why = f"one of {count} loader processes died (exit code {code}; out of memory, perhaps)"
                     break
             if self._limit and now - began >= limit:
-                hangs = f"one of {count} loader processes hangs" if count else "reading hangs"
-                why = f"no batch for {limit:g} s: {hangs}, or the storage is slower than data.stalled_seconds allows"
+                hangs = f"one of {count} processes that read ahead hangs" if count else "reading hangs"
+                slow = "or the storage is slower than data.stalled_seconds allows"
+                error = LoaderError(f"no batch for {limit:g} s: {hangs}, {slow}")
                 break
         self._workers.kill()  # the thread may be waiting for one that is stopped
-        return None, LoaderError(why)
+        return None, error
 
     def _draw(self) -> tuple[Any, BaseException | None]:
         try:

@@ -7,7 +7,6 @@ stream is a number.
 
 from __future__ import annotations
 
-import pickle
 import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from sora_jax.data.latents import BadRecordError, LatentHeader, LatentRecord
-from sora_jax.data.workers import Workers, environment, signals_blocked, start_worker
+from sora_jax.data.workers import Workers, in_processes
 from sora_jax.errors import UserError
 from sora_jax.shapes import Extent, Stride, token_extent
 from sora_jax.tokens.planning import ClipShape, ShotSize
@@ -251,33 +250,7 @@ def stream(elements: Elements, start: int, workers: Workers | None = None) -> Ge
     options = elements.options
     if start >= len(elements):
         return
-    if not options.workers:
+    if options.workers:
+        yield from in_processes(elements, start, workers or Workers(options.workers), chunk=_CHUNK)
+    else:
         yield from (elements[number] for number in range(start, len(elements)))
-        return
-
-    # Grain brings in JAX and absl; whoever reads in this process does without.
-    import grain
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain's workers read their flags, and outside absl.app nobody parses them
-    # Chunks are cut before they are dealt to workers: the other way round, the order would depend on their number.
-    # They travel as bytes: Grain gives every array a shared memory of its own, which costs more than clips so small.
-    chunks = grain.MapDataset.source(elements).slice(slice(start, None)).batch(_CHUNK, batch_fn=pickle.dumps)
-    read = chunks.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=options.workers, per_worker_buffer_size=2),
-        worker_init_fn=start_worker,
-    )
-    # JAX reads this when it is imported, in the new process before any function of ours runs there; and so long no
-    # signal may end it either.
-    with environment(JAX_PLATFORMS="cpu"), signals_blocked():
-        chunk_iterator = iter(read)
-        chunk = next(chunk_iterator, None)
-    if workers:
-        workers.started()
-    try:
-        while chunk is not None:
-            yield from pickle.loads(chunk)
-            chunk = next(chunk_iterator, None)
-    finally:
-        chunk_iterator.close()

@@ -5,14 +5,24 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
+from typing import Any, Protocol, runtime_checkable
+
+from sora_jax.errors import UserError
 
 LEFT_TO_THE_PARENT = (signal.SIGTERM, signal.SIGINT)
+
+
+class LoaderError(RuntimeError):
+    """No more batches come, through no fault in the data: a process that reads died or hangs."""
 
 
 class Workers:
@@ -31,9 +41,13 @@ class Workers:
         new = set(multiprocessing.active_children()) - self._others
         self._own |= {process for process in new if process.name.startswith("grain-process-prefetch")}
 
-    def dead(self) -> list[BaseProcess]:
-        """Those that ended otherwise than by themselves."""
-        return [process for process in self._own if process.exitcode]
+    def died(self) -> LoaderError | None:
+        """That one of them ended otherwise than by itself."""
+        codes = [process.exitcode for process in self._own if process.exitcode]
+        if not codes:
+            return None
+        what = f"one of {self.count} processes that read ahead died"
+        return LoaderError(f"{what} (exit code {codes[0]}; out of memory, perhaps)")
 
     def kill(self) -> None:
         """End all at once, stopped ones too; a read that waits for them fails, unless it has half a chunk."""
@@ -41,6 +55,71 @@ class Workers:
             self.started()
         for process in self._own:
             process.kill()
+
+
+@runtime_checkable
+class Indexed(Protocol):
+    """What processes can read from: it travels to them pickled, and `source[number]` depends on the number alone."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class _Caught:
+    """`source` whose errors are items, (None, error): raised in a worker they would come with remarks of Grain's."""
+
+    source: Indexed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, number: int) -> tuple[Any, Exception | None]:
+        try:
+            return self.source[number], None
+        except UserError as error:
+            return None, error
+        except Exception as error:  # noqa: BLE001 (raised again in the parent, which does not see where it was)
+            error.add_note("".join(traceback.format_tb(error.__traceback__)))
+            return None, error
+
+
+def in_processes(source: Indexed, start: int, workers: Workers, *, chunk: int = 1) -> Generator[Any, None, None]:
+    """source[start], source[start + 1], ... to its end, read by `workers`, `chunk` at a time; in this order, however
+    many they are. Raises what `source` raises there, and `LoaderError` when one of them dies."""
+    # Grain brings in JAX and absl; whoever reads in this process does without.
+    import grain
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's workers read their flags, and outside absl.app nobody parses them
+    # Chunks are cut before they are dealt to workers: the other way round, the order would depend on their number.
+    # They travel as bytes: Grain gives every array a shared memory of its own, which costs more than clips so small.
+    chunks = grain.MapDataset.source(_Caught(source)).slice(slice(start, None)).batch(chunk, batch_fn=pickle.dumps)
+    read = chunks.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=workers.count, per_worker_buffer_size=2),
+        worker_init_fn=start_worker,
+    )
+    # JAX reads this when it is imported, in the new process before any function of ours runs there; and so long no
+    # signal may end it either.
+    with environment(JAX_PLATFORMS="cpu"), signals_blocked():
+        chunk_iterator = iter(read)
+        items = next(chunk_iterator, None)
+    workers.started()
+    try:
+        while items is not None:
+            for item, error in pickle.loads(items):
+                if error is not None:
+                    raise error
+                yield item
+            items = next(chunk_iterator, None)
+    except RuntimeError as error:  # Grain's own, where it is the first to see that one has died
+        if died := workers.died():
+            raise died from error
+        raise
+    finally:
+        chunk_iterator.close()
 
 
 @contextlib.contextmanager

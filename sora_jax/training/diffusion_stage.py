@@ -186,7 +186,15 @@ def make_latents(context: Context) -> epath.Path:
     if not (context.workdir / "config.json").exists():  # a run that has begun has what it started from
         load_start(context.config, abstract_modules(context.config), context.mesh, say=lambda line: None)
     encode_clips(
-        source, config, params, folder, name=data.autoencoder, dtype=context.dtype, mesh=context.mesh, progress=progress
+        source,
+        config,
+        params,
+        folder,
+        name=data.autoencoder,
+        dtype=context.dtype,
+        workers=data.workers,
+        mesh=context.mesh,
+        progress=progress,
     )
     return folder
 

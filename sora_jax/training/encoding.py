@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +24,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from sora_jax import sharding
-from sora_jax.data.latents import CacheInfo, LatentRecord, LatentWriter, ShotHeader
+from sora_jax.data.latents import CacheInfo, LatentRecord, LatentWriter, Shard, ShotHeader
+from sora_jax.data.producer import Producer
 from sora_jax.data.sources import MAX_UNREADABLE_SHARE, Clips
+from sora_jax.data.workers import Workers, in_processes
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sora_jax.models.structure import structure_of
@@ -69,6 +74,7 @@ def encode_clips(
     clips_per_shard: int = 1024,
     dtype: DTypeLike = jnp.float32,
     threads: int = 2,
+    workers: int = 0,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> Encoded:
@@ -81,15 +87,18 @@ def encode_clips(
     Of a cut clip each shot is encoded as a clip of its own, as it will be when a storyboard is sampled.
 
     Batches have `batch_size` clips (rounded up to the devices of `mesh`, by default all of this process), split over
-    the devices, while `threads` read or render the next ones. For each size one program encodes all videos and one all
-    images: a clip shorter than the longest is filled up at its end, which a causal autoencoder does not see, and cut
-    again.
+    the devices, while `threads`, or `workers` processes in their place, read or render the next ones. For each size one
+    program encodes all videos and one all images: a clip shorter than the longest is filled up at its end, which a
+    causal autoencoder does not see, and cut again.
 
     Raises `UserError` when `out` holds latents of another autoencoder or source, when clips do not fit the
-    autoencoder, or when more than 5 % of the clips cannot be read.
+    autoencoder, or when more than 5 % of the clips cannot be read; `LoaderError` when one of the processes dies.
     """
-    if batch_size < 1 or threads < 1:
-        raise UserError(f"a batch has at least 1 clip and is read by 1 thread, not {batch_size} and {threads}")
+    if batch_size < 1 or threads < 1 or workers < 0:
+        raise UserError(
+            f"a batch has at least 1 clip and is read by 1 thread, or by no fewer than 0 processes: not {batch_size}, "
+            f"{threads} and {workers}"
+        )
     for extent in source.extents:  # before anything is written
         latent_extent(extent, config.stride)
     started = time.monotonic()
@@ -108,20 +117,20 @@ def encode_clips(
     encoder = _Encoder(config, params, mesh, longest, batch_size, jnp.dtype(dtype))
     if progress is not None:
         progress(done, there)
-    for shard in own:
-        starts = range(shard.start, shard.stop, batch_size)
-        batches = [range(start, min(start + batch_size, shard.stop)) for start in starts]
-        with writer.shard(shard) as file:
-            for batch, latents in encoder.run(_read_ahead(source, batches, threads)):
-                for clip in batch:
-                    if isinstance(clip, str):
-                        file.skip(clip)
-                    else:
-                        file.add(_record(clip, [latents.pop(0) for _ in _shots(clip)]))
-                done += len(batch)
-                if progress is not None:
-                    progress(done, there)
-        _refuse_many_left_out(writer, total)  # those of earlier runs included
+    batches = {shard: _batches(shard, batch_size) for shard in own}
+    with _read_ahead(source, [batch for shard in own for batch in batches[shard]], threads, workers) as ready:
+        for shard in own:
+            with writer.shard(shard) as file:
+                for batch, latents in encoder.run(itertools.islice(ready, len(batches[shard]))):
+                    for clip in batch:
+                        if isinstance(clip, str):
+                            file.skip(clip)
+                        else:
+                            file.add(_record(clip, [latents.pop(0) for _ in _shots(clip)]))
+                    done += len(batch)
+                    if progress is not None:
+                        progress(done, there)
+            _refuse_many_left_out(writer, total)  # those of earlier runs included
     if processes > 1:
         wait_for_all("all shards are written")
         first_then_others("gather the shards", writer.gather if process == 0 else writer.reload)
@@ -157,8 +166,39 @@ def _record(clip: dict[str, Any], latents: list[np.ndarray]) -> LatentRecord:
     )
 
 
-def _read_ahead(source: Clips, batches: Sequence[Sequence[int]], threads: int) -> Iterator[Batch]:
-    """The batches in order, read by threads that are up to two batches each ahead."""
+def _batches(shard: Shard, batch_size: int) -> list[range]:
+    starts = range(shard.start, shard.stop, batch_size)
+    return [range(start, min(start + batch_size, shard.stop)) for start in starts]
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """The batches of a source as what processes read from."""
+
+    source: Clips
+    indices: Sequence[range]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.source.batch(self.indices[number])
+
+
+@contextlib.contextmanager
+def _read_ahead(source: Clips, batches: Sequence[range], threads: int, workers: int) -> Iterator[Iterator[Batch]]:
+    """The batches in order, read by threads, or by processes, that are up to two batches each ahead."""
+    if workers and batches:
+        processes = Workers(workers)
+        read = in_processes(_Batches(source, batches), 0, processes)
+        with contextlib.closing(Producer(read, 2, processes)) as ready:
+            yield ready
+    else:
+        with contextlib.closing(_in_threads(source, batches, threads)) as read:
+            yield read
+
+
+def _in_threads(source: Clips, batches: Sequence[range], threads: int) -> Generator[Batch, None, None]:
     with ThreadPoolExecutor(threads, thread_name_prefix="read-clips") as pool:
         waiting: collections.deque[Future[Batch]] = collections.deque()
         try:

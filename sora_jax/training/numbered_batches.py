@@ -1,27 +1,46 @@
-"""Batches that are a function of their number alone, made a few ahead in a thread; so the state is one number."""
+"""Batches that are a function of their number alone, made a few ahead, in a thread or in processes; so the state is one
+number."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from sora_jax.data.producer import Producer
+from sora_jax.data.workers import Workers, in_processes
 from sora_jax.errors import UserError
+
+_ENDLESS = 2**62  # a length: Grain wants one
 
 
 class NumberedBatches:
-    """Endless: `make(0)`, `make(1)`, ... `identity` is what must be the same for a run to go on, as JSON."""
+    """Endless: `make(0)`, `make(1)`, ... `identity` is what must be the same for a run to go on, as JSON.
 
-    def __init__(self, make: Callable[[int], Any], identity: Mapping[str, Any], *, prefetch: int = 2):
-        self._make, self._identity, self._prefetch = make, dict(identity), prefetch
+    With `workers` so many processes make them, and `make` must travel to these; else a thread of this one. When one of
+    the processes dies, or nothing comes for `stalled_seconds` (0: never), `LoaderError` is raised.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], Any],
+        identity: Mapping[str, Any],
+        *,
+        prefetch: int = 2,
+        workers: int = 0,
+        stalled_seconds: float = 0.0,
+    ):
+        self._make, self._identity = make, dict(identity)
+        self._prefetch, self._workers, self._stalled_seconds = max(prefetch, 1), workers, stalled_seconds
         self._next = 0
-        self._worker: _Worker | None = None
+        self._producer: Producer | None = None
 
     def __next__(self) -> Any:
-        if self._worker is None:
-            self._worker = _Worker(self._make, self._next, self._prefetch)
-        batch = self._worker.take()
+        if self._producer is None:
+            workers = Workers(self._workers)
+            batches = _batches(self._make, self._next, workers)
+            self._producer = Producer(batches, self._prefetch, workers, self._stalled_seconds)
+        batch = next(self._producer)
         self._next += 1
         return batch
 
@@ -36,41 +55,28 @@ class NumberedBatches:
         self._next = int(state["next"])
 
     def close(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
+        if self._producer is not None:
+            self._producer.close()
+            self._producer = None
 
 
-class _Worker:
-    """A thread that makes batches `first`, `first` + 1, ... and keeps `ahead` of them ready."""
+@dataclass(frozen=True)
+class _Endless:
+    """`make` as what processes read from."""
 
-    def __init__(self, make: Callable[[int], Any], first: int, ahead: int):
-        self._make = make
-        self._ready: queue.Queue[Any] = queue.Queue(max(ahead, 1))
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(first,), name="batches", daemon=True)
-        self._thread.start()
+    make: Callable[[int], Any]
 
-    def _run(self, number: int) -> None:
-        while not self._stop.is_set():
-            try:
-                item = self._make(number)
-            except BaseException as error:  # noqa: BLE001 (raised again where the batch is taken)
-                item = error
-            while not self._stop.is_set():
-                try:
-                    self._ready.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            number += 1
+    def __len__(self) -> int:
+        return _ENDLESS
 
-    def take(self) -> Any:
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+    def __getitem__(self, number: int) -> Any:
+        return self.make(number)
 
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
+
+def _batches(make: Callable[[int], Any], number: int, workers: Workers) -> Generator[Any, None, None]:
+    """Batch `number` and those after it."""
+    if workers.count:
+        yield from in_processes(_Endless(make), number, workers)
+    while True:
+        yield make(number)
+        number += 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
@@ -23,12 +24,29 @@ from sora_jax.training.text_step import (
     world_captions,
 )
 
+if TYPE_CHECKING:
+    from sora_jax.config import DataConfig
+
+
+@dataclass(frozen=True)
+class CaptionBatch:
+    """`caption_batch(number)` is this part of a batch: `rows` captions and what they say."""
+
+    data: DataConfig
+    rows: int
+    part: int
+    parts: int
+
+    def __call__(self, number: int) -> Captions:
+        data, first = self.data, (number * self.parts + self.part) * self.rows
+        return world_captions(data.seed, first, self.rows, data.row_text, data.mix)
+
 
 def text_stage(context: Context) -> Stage:
     config, data = context.config, context.config.data
     if data.source != "world":
         raise UserError(f"only captions of the world come with what they say: data.source is {data.source}, not world")
-    rows, counts = context.local_rows, answer_counts(data.mix)
+    counts = answer_counts(data.mix)
     modules = TextModules(
         text_encoder=structure_of(lambda rngs: TextEncoder(config.text_encoder, rngs=rngs)),
         reader=structure_of(lambda rngs: Reader(config.text_encoder.d_model, counts, rngs=rngs)),
@@ -40,10 +58,6 @@ def text_stage(context: Context) -> Stage:
             "text_encoder": parameters_of(TextEncoder(config.text_encoder, rngs=nnx.Rngs(params=keys[0]))),
             "reader": parameters_of(Reader(config.text_encoder.d_model, counts, rngs=nnx.Rngs(params=keys[1]))),
         }
-
-    def batch(number: int) -> Captions:
-        part, parts = context.part
-        return world_captions(data.seed, (number * parts + part) * rows, rows, data.row_text, data.mix)
 
     validate = None
     if data.held_out:
@@ -70,7 +84,12 @@ def text_stage(context: Context) -> Stage:
     return Stage(
         make_params=make_params,
         step=step,
-        batches=NumberedBatches(batch, {"world": data.seed}),
+        batches=NumberedBatches(
+            CaptionBatch(data, context.local_rows, *context.part),
+            {"world": data.seed},
+            workers=data.workers,
+            stalled_seconds=data.stalled_seconds,
+        ),
         data=[{"world": "train", "seed": data.seed, **({} if data.mix.plain else {"mix": data.mix.identity})}],
         describe=f"{config.train.batch_size} captions x {data.row_text} bytes",
         tokens_per_step=config.train.batch_size * data.row_text,
