@@ -477,10 +477,15 @@ def test_words_of_a_text():
 
 
 def test_the_world_knows_its_own_prompts():
-    from sora_jax.data.world import COLORS, SHAPES, prompts
+    from sora_jax.data.world import COLORS, SHAPES, Mix, prompts
 
-    words = world_words(500)
+    words = world_words(clips=500)
     assert set(COLORS) <= set(words)
     assert {shape if shape != "circle" else "ball" for shape in SHAPES} <= set(words)
-    assert not [prompt for prompt in world_prompts(50) if unknown_words(prompt, words)]
+    assert not [prompt for prompt in world_prompts(count=50) if unknown_words(prompt, words)]
     assert not [p.text for p in prompts(100, 3, split="heldout") if unknown_words(p.text, words)]
+    # and a world with more in it more words, those of cuts among them
+    mix = Mix(relation=0.3, floating=0.2, travel=0.2, lit=0.5, textured=0.5, same=0.7)
+    second = world_words(mix, clips=1000)
+    assert {"between", "weightlessly", "tilts", "checkered", "dim", "same"} <= set(second) - set(words)
+    assert not [p.text for p in prompts(100, 3, split="heldout", mix=mix) if unknown_words(p.text, second)]

@@ -132,7 +132,8 @@ def _sampling(config: Config) -> dict[str, Any]:
 def facts_of_run(config: Config, step: int, workdir: epath.Path) -> dict[str, Any]:
     """What the model card says of the training: data, length, and the last validation before `step`."""
     world = config.data.source == "world"
-    read = {"words": world_words(), "prompts": world_prompts()} if world else {}
+    mix = config.data.mix
+    read = {"words": list(world_words(mix)), "prompts": list(world_prompts(mix))} if world else {}
     return {
         "data": "the procedural world of sora_jax (rendered; no footage of anyone)" if world else config.data.source,
         "clips": config.data.clips,
