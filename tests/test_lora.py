@@ -119,6 +119,9 @@ def test_what_live_adapters_cannot_do_is_one_line(
             Pipeline.load(tiny_model, lora=lora).set_lora({first: 1.0})
     with pytest.raises(UserError, match="lora_live .* is about the files of lora"):
         Pipeline.load(tiny_model, lora_live=True)
+    with pytest.raises(UserError, match=r"live adapters has no place for them .* load it without lora_live"):
+        save_folder(tmp_path / "saved", live.folder)
+    assert not list(tmp_path.iterdir())
 
     whole = tmp_path / "distilled.safetensors"
     save_file({"diffusion_model.blocks.0.norm3.diff": np.ones(16, np.float32)}, whole)

@@ -295,9 +295,14 @@ def save_folder(
     """Write `model` as a folder that `load_folder` and `diffusers` read; `card` becomes its README.md.
 
     `dtype` is "float32" or "bfloat16". The folder appears whole or not at all; one that is there is kept, and is a
-    `UserError`, unless `overwrite`.
+    `UserError`, unless `overwrite`. So is a model whose adapters lie beside its kernels.
     """
     path = epath.Path(path)
+    if model.transformer_config.lora_rank:
+        raise UserError(
+            "a model with live adapters has no place for them in a folder of this layout: load it without lora_live "
+            "(--lora-live), which merges them into its kernels, and save that"
+        )
     with new_folder(path, marker=INDEX, overwrite=overwrite) as folder:
         for family, config, params in (
             (TRANSFORMER, model.transformer_config, model.transformer),
