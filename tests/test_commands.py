@@ -422,8 +422,35 @@ def test_eval_of_an_autoencoder_that_keeps_one_frame(capsys, tiny_model, monkeyp
     assert metrics["ssim"]["value"] == metrics["copy_ssim"]["value"]
 
 
-def test_eval_refuses_clips_too_short_to_show_motion(capsys, tiny_model):
-    code, _, err = run(capsys, "eval", "--model", tiny_model)
+@pytest.mark.parametrize(("decode", "right"), [(lambda video: video, 1.0), (np.zeros_like, 0.0)])
+def test_the_ceiling_is_what_the_autoencoder_leaves_of_true_clips(capsys, tiny_model, monkeypatch, decode, right):
+    monkeypatch.setattr(Pipeline, "encode", lambda self, video: video)
+    monkeypatch.setattr(Pipeline, "decode", lambda self, video: decode(video))
+    flags = (
+        "--n",
+        6,
+        "--batch-size",
+        4,
+        "--frames",
+        17,
+        "--height",
+        64,
+        "--width",
+        96,
+        "--config",
+        "world_2",
+        "--json",
+    )
+    code, out, _ = run(capsys, "eval", "--suite", "ceiling", "--model", tiny_model, *flags)
+    assert code == 0
+    document = json.loads(out)
+    assert (document["suite"], document["n"], document["config"]) == ("ceiling", 6, "world_2")
+    assert {document["metrics"][name]["value"] for name in ("color", "shape", "count", "all")} == {right}
+
+
+@pytest.mark.parametrize("suite", ["world", "ceiling"])
+def test_eval_refuses_clips_too_short_to_show_motion(capsys, tiny_model, suite):
+    code, _, err = run(capsys, "eval", "--model", tiny_model, "--suite", suite)
     assert code == 2
     assert "motion cannot be judged in 5 frames" in err[-1]
 

@@ -88,33 +88,33 @@ def forward_of_the_base(width: int, layers: int, feed_forward: int, rows: int) -
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes"), [("base", (128, 4, 512)), pytest.param("scale-64", (64, 4, 256), marks=pytest.mark.slow)]
+    ("name", "sizes"), [("base", (96, 4, 384)), pytest.param("scale-64", (64, 4, 256), marks=pytest.mark.slow)]
 )
 def test_operations_of_a_step_are_those_counted_by_hand(name, sizes):
-    transformer, text = forward_of_the_base(*sizes, rows=48)
+    transformer, text = forward_of_the_base(*sizes, rows=12)
     assert study.operations(BY_NAME[name])["model"] == pytest.approx(3 * transformer + text, rel=0.01)
 
 
 def test_a_cheaper_step_gives_more_steps():
     patches = BY_NAME["patch-2"]
     spent = study.steps_of(patches) * study.operations(patches)["executed"]
-    assert spent == pytest.approx(960 * study.operations(BY_NAME["base"])["executed"], rel=0.01)
-    assert study.steps_of(patches) > 960
+    assert spent == pytest.approx(2_880 * study.operations(BY_NAME["base"])["executed"], rel=0.01)
+    assert study.steps_of(patches) > 2_880
 
 
 @pytest.mark.runs
 def test_every_change_has_the_compute_of_the_base():
-    budget = 960 * study.operations(BY_NAME["base"])["executed"]
+    budget = 2_880 * study.operations(BY_NAME["base"])["executed"]
     for run in TRAINED:
         if not run.width:
             assert study.steps_of(run) * study.operations(run)["executed"] == pytest.approx(budget, rel=0.01), run.name
 
 
 def test_steps_grow_with_the_width_and_settings_with_the_steps():
-    assert [study.steps_of(BY_NAME[name]) for name in SCALE] == [480, 720, 960, 1440, 1920]
+    assert [study.steps_of(BY_NAME[name]) for name in SCALE] == [1920, 2880, 3840, 4800, 5760]
     config = load_config("study", study.settings(BY_NAME["scale-64"]))
-    assert (config.train.steps, config.optimizer.warmup_steps, config.train.validate_every) == (480, 24, 120)
-    assert config.train.ema == pytest.approx(1 - 10 / 480, abs=1e-4)
+    assert (config.train.steps, config.optimizer.warmup_steps, config.train.validate_every) == (1920, 96, 480)
+    assert config.train.ema == pytest.approx(1 - 10 / 1920, abs=1e-4)
     assert load_config("study", study.settings(BY_NAME["base"])) == load_config("study")
     # what a run changes has the last word
     kept = study_runs.Run("", "", "", "train.ema=0.5", width=128)
@@ -190,7 +190,7 @@ def test_the_widest_run_is_predicted_before_it_is_made_and_the_prediction_stays(
     for name, executed in zip(SCALE[:-1], (1e10, 2e10, 3e10, 6e10), strict=True):
         compute = study.steps_of(BY_NAME[name]) * executed
         (kept / f"{name}.json").write_text(json.dumps(result(name, 0.2 * (compute / 1e15) ** -0.15, executed)))
-    widest = 1920 * study.operations(BY_NAME[PREDICTED])["executed"]
+    widest = 5760 * study.operations(BY_NAME[PREDICTED])["executed"]
     predicted = study.predict()
     assert predicted is not None
     assert predicted["predicted"] == pytest.approx(0.2 * (widest / 1e15) ** -0.15, rel=1e-6)

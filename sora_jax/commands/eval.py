@@ -29,6 +29,7 @@ EXAMPLES = """
     sora-jax eval --model world --suite stories --shots 9,9 --n 50
     sora-jax eval --model world --suite reconstruction --n 64
     sora-jax eval --model world --suite reconstruction --source my_videos
+    sora-jax eval --model world --suite ceiling --height 96 --width 96    # what the autoencoder lets the checkers see
 """
 SUITES = {  # what each asks, and how many clips it asks for if nobody says
     "world": ("held-out prompts, judged by checkers", 200),
@@ -36,6 +37,7 @@ SUITES = {  # what each asks, and how many clips it asks for if nobody says
     "continuation": ("held-out first frames, continued: motion masks against the truth, beside two baselines", 100),
     "stories": ("clips with cuts, a prompt for each shot", 100),
     "reconstruction": ("the autoencoder on held-out clips", 200),
+    "ceiling": ("true clips of held-out prompts through the autoencoder, judged like made ones", 200),
 }
 SAMPLED = ("steps", "guidance", "solver")  # flags that go to the sampler as they are
 ONLY = {"source": "reconstruction", "shots": "stories"}  # flags of one suite alone

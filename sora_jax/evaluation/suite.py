@@ -6,12 +6,12 @@ report["metrics"]["all"]      # {"value": 0.71, "low": 0.64, "high": 0.77, "n": 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from sora_jax.data.world.prompts import heldout_prompts
+from sora_jax.data.world.prompts import Prompt, heldout_prompts
 from sora_jax.data.world.scene import Mix
 from sora_jax.errors import UserError
 from sora_jax.evaluation.checkers import judge, judge_physics
@@ -30,6 +30,7 @@ def evaluate(
     batch_size: int = 20,
     progress: Callable[[int, int], None] | None = None,
     mix: Mix | None = None,
+    prompts: Sequence[Prompt] | None = None,
 ) -> dict[str, Any]:
     """Samples `n` held-out prompts and judges what comes back.
 
@@ -39,6 +40,7 @@ def evaluate(
       batch_size: prompts per call; the last batch is smaller when it does not divide n.
       progress: called with (clips judged, n) after each batch.
       mix: what the prompts ask for; the first world's by default.
+      prompts: these, `n` of them, in place of the held-out ones of `seed`.
 
     Returns:
       {"suite": "world", "n": n, "metrics": {name: {"value", "low", "high", "n"}}}: shares with Wilson 95 % intervals.
@@ -50,7 +52,7 @@ def evaluate(
         raise UserError(
             f"an evaluation needs at least one prompt and a batch of one, not n={n}, batch_size={batch_size}"
         )
-    prompts = heldout_prompts(n, seed, mix=mix)
+    prompts = heldout_prompts(n, seed, mix=mix) if prompts is None else prompts
     answers: dict[str, list[bool]] = {name: [] for name in (*ATTRIBUTES, *(f"physics.{law}" for law in LAWS))}
     for start in range(0, n, batch_size):
         batch = prompts[start : start + batch_size]
