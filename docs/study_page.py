@@ -11,7 +11,7 @@ import numpy as np
 import study_fit
 from marked import between
 from running import QUIET
-from study_runs import BASE, PREDICTED, SCALE, Run
+from study_runs import BASE, BASE_WIDTH, PREDICTED, SCALE, Run
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -102,7 +102,7 @@ def scaling_table(runs: Sequence[Run], results: Results) -> list[str]:
     def cells(run: Run, found: Result) -> list[str]:
         shares = found.get("accuracy")
         right = [_percent(shares[name]) if shares else "" for name in ATTRIBUTES[:2]]
-        what = "128 wide: the base" if run.name == "base" else run.what
+        what = f"{BASE_WIDTH} wide: the base" if run.name == "base" else run.what
         return [what, *_cost(found), f"{found['loss']['loss']:.4f}", *right]
 
     return _table(heads, runs, results, cells)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BASE = "study"  # the config that a run changes one thing of
-BASE_STEPS = 960
-BASE_WIDTH = 128
+BASE_STEPS = 2_880
+BASE_WIDTH = 96
 MODEL = "world-1"  # whose autoencoder made the latents, whose text encoder is read with, and which is sampled
 
 
@@ -29,6 +29,7 @@ class Run:
 
 
 _CLIPS = "--clips 20480 --seed 40"
+_SHORT = "--config.train.steps=800 --config.train.batch_size=2 --config.data.seed=42"
 
 # What is made before, once, under WORK/made: commands that go on where they were stopped.
 PREPARED = {
@@ -39,10 +40,9 @@ PREPARED = {
     "reader": "train --config world_text --workdir {work}/made/reader --config.train.steps=1000 --config.data.seed=41",
     # Two autoencoders, alike in operations and in values for a clip, from the same few clips: 16x16x4 and 8x8x4. No
     # shipped one is used: it has learned for hours.
-    "autoencoder-16": "train --config world_autoencoder --workdir {work}/made/autoencoder-16 --config.train.steps=1200 "
-    "--config.data.seed=42",
-    "autoencoder-8": "train --config world_autoencoder --workdir {work}/made/autoencoder-8 --config.train.steps=1200 "
-    "--config.data.seed=42 --config.autoencoder.patch_size=2 --config.autoencoder.z_dim=8 "
+    "autoencoder-16": f"train --config world_autoencoder --workdir {{work}}/made/autoencoder-16 {_SHORT}",
+    "autoencoder-8": f"train --config world_autoencoder --workdir {{work}}/made/autoencoder-8 {_SHORT} "
+    "--config.autoencoder.patch_size=2 --config.autoencoder.z_dim=8 "
     "--config.autoencoder.base_dim=16 --config.autoencoder.decoder_base_dim=8",
     "latents-16": f"encode world --autoencoder {{work}}/made/autoencoder-16 {_CLIPS} --out {{work}}/made/latents-16",
     "latents-8": f"encode world --autoencoder {{work}}/made/autoencoder-8 {_CLIPS} --out {{work}}/made/latents-8",
@@ -53,8 +53,8 @@ def _width(width: int) -> str:
     return f"transformer.n_heads={width // 32} transformer.ffn_dim={4 * width}"
 
 
-def _muon(rate: float) -> str:
-    return f"optimizer.learning_rate={rate:g} optimizer.adam_learning_rate={rate / 2:g}"
+def _rate(rate: float) -> str:
+    return f"optimizer.learning_rate={rate:g} optimizer.adam_learning_rate={rate:g}"
 
 
 _JOINT = "train.learns=all train.anew=False"
@@ -64,36 +64,49 @@ RUNS = (
     Run("base", "seeds", "the base", width=BASE_WIDTH),
     Run("seed-1", "seeds", "another seed", "train.seed=1 data.seed=1", judged=False),
     Run("seed-2", "seeds", "a third seed", "train.seed=2 data.seed=2", judged=False),
-    # the rate is found at the two smallest widths, and carried over
+    # the rate is found at the two smallest widths (the base is the second), and carried over
     Run("scale-64", "scaling", "64 wide", _width(64), width=64),
-    Run("scale-96", "scaling", "96 wide", _width(96), width=96),
-    Run("rate-64-low", "rates", "64 wide, half the rates", f"{_width(64)} {_muon(1.5e-3)}", width=64, judged=False),
-    Run("rate-64-high", "rates", "64 wide, twice the rates", f"{_width(64)} {_muon(6e-3)}", width=64, judged=False),
-    Run("rate-96-low", "rates", "96 wide, half the rates", f"{_width(96)} {_muon(1.5e-3)}", width=96, judged=False),
-    Run("rate-96-high", "rates", "96 wide, twice the rates", f"{_width(96)} {_muon(6e-3)}", width=96, judged=False),
-    Run("scale-192", "scaling", "192 wide", _width(192), width=192),
-    Run("scale-256", "scaling", "256 wide, predicted before", _width(256), width=256),
+    Run("rate-64-low", "rates", "64 wide, half the rates", f"{_width(64)} {_rate(4e-3)}", width=64, judged=False),
+    Run("rate-64-high", "rates", "64 wide, twice the rates", f"{_width(64)} {_rate(16e-3)}", width=64, judged=False),
+    Run("scale-128", "scaling", "128 wide", _width(128), width=128),
+    Run("scale-160", "scaling", "160 wide", _width(160), width=160),
+    Run("scale-192", "scaling", "192 wide, predicted before", _width(192), width=192),
+    Run("rows-6", "batch", "6 rows a step (base: 12), rates of 6e-3", f"train.batch_size=6 {_rate(6e-3)}"),
+    Run("rows-24", "batch", "24 rows a step, rates of 1.2e-2", f"train.batch_size=24 {_rate(12e-3)}"),
+    Run("rows-48", "batch", "48 rows a step, rates of 1.6e-2", f"train.batch_size=48 {_rate(16e-3)}"),
+    Run(
+        "as-world-1",
+        "batch",
+        "48 rows a step, rates of 3e-3 and 1.5e-3, with which world-1 began",
+        "train.batch_size=48 optimizer.learning_rate=0.003 optimizer.adam_learning_rate=0.0015",
+    ),
+    Run("rate-low", "optimizer", "Muon at half the rates (4e-3)", _rate(4e-3)),
+    Run("rate-high", "optimizer", "Muon at twice the rates (1.6e-2)", _rate(16e-3)),
+    Run("muon-3", "optimizer", "Muon, 3 iterations (base: 5)", "optimizer.muon_iterations=3"),
+    Run("adamw-2e-3", "optimizer", "AdamW, 2e-3", f"optimizer.name=adamw {_rate(2e-3)}"),
+    Run("adamw-4e-3", "optimizer", "AdamW, 4e-3", f"optimizer.name=adamw {_rate(4e-3)}"),
+    Run("adamw-8e-3", "optimizer", "AdamW, 8e-3", f"optimizer.name=adamw {_rate(8e-3)}"),
+    Run("linear", "optimizer", "rate falls linearly (base: cosine)", "optimizer.schedule=linear"),
     Run("shift-1", "levels", "levels not moved towards noise (shift 1; base 2)", "levels.shift=1.0"),
     Run("shift-4", "levels", "levels moved further (shift 4)", "levels.shift=4.0"),
-    Run("wide-levels", "levels", "wider density of levels (std 1.7; base 1)", "levels.std=1.7"),
+    Run("wide-levels", "levels", "wider density of levels (std 1.5; base 1)", "levels.std=1.5"),
     Run(
         "skills",
         "levels",
         "given first and random frames trained too (.1 and .05 of the clips)",
         "levels.modes.uniform=0.85 levels.modes.first=0.1 levels.modes.random=0.05",
     ),
-    Run("muon-low", "optimizer", "Muon at half the rates (1.5e-3)", _muon(1.5e-3)),
-    Run("muon-high", "optimizer", "Muon at twice the rates (6e-3)", _muon(6e-3)),
-    Run("adamw-1e-3", "optimizer", "AdamW, 1e-3", "optimizer.name=adamw optimizer.learning_rate=0.001"),
-    Run("adamw-2e-3", "optimizer", "AdamW, 2e-3", "optimizer.name=adamw optimizer.learning_rate=0.002"),
-    Run("adamw-4e-3", "optimizer", "AdamW, 4e-3", "optimizer.name=adamw optimizer.learning_rate=0.004"),
-    Run("linear", "optimizer", "rate falls linearly (base: cosine)", "optimizer.schedule=linear"),
     Run("ema-0", "average", "no average of parameters", "train.ema=0.0"),
-    Run("ema-short", "average", "average over 20 steps (base 96)", "train.ema=0.95"),
-    Run("ema-long", "average", "average over 500 steps", "train.ema=0.998"),
-    Run("deep", "shape", "8 layers of 96 (base: 4 of 128)", f"transformer.n_layers=8 {_width(96)}"),
-    Run("shallow", "shape", "2 layers of 192", f"transformer.n_layers=2 {_width(192)}"),
-    Run("wide-heads", "shape", "2 heads of 64 (base: 4 of 32)", "transformer.n_heads=2 transformer.head_dim=64"),
+    Run("ema-short", "average", "average over 60 steps (base 288)", "train.ema=0.9833"),
+    Run("ema-long", "average", "average over 1,500 steps", "train.ema=0.99933"),
+    Run("deep", "shape", "8 layers of 64 (base: 4 of 96)", f"transformer.n_layers=8 {_width(64)}"),
+    Run("shallow", "shape", "2 layers of 128", f"transformer.n_layers=2 {_width(128)}"),
+    Run(
+        "wide-heads",
+        "shape",
+        "1 head of 96 (base: 3 of 32)",
+        "transformer.n_heads=1 transformer.head_dim=96",
+    ),
     Run(
         "routed",
         "routing",
@@ -103,8 +116,8 @@ RUNS = (
     Run(
         "routed-deep",
         "routing",
-        "8 layers of 96, half of the tokens pass by all but the first and the last",
-        f"transformer.n_layers=8 {_width(96)} transformer.route_share=0.5",
+        "8 layers of 64, half of the tokens pass by all but the first and the last",
+        f"transformer.n_layers=8 {_width(64)} transformer.route_share=0.5",
     ),
     Run("patch-2", "patch", "patches of 2x2 latents (base: 1x1)", "transformer.patch=(1,2,2) data.row_tokens=20"),
     Run(

@@ -48,6 +48,8 @@ ROWS = (
     Row("world-64x96", "prompts", f"eval {MODEL} --n 200 --height 64 --width 96"),
     Row("world-96x64", "prompts", f"eval {MODEL} --n 200 --height 96 --width 64"),
     Row("reconstruction", "autoencoder", f"eval {MODEL} --suite reconstruction --n 100"),
+    Row("ceiling", "ceiling", f"eval {MODEL} --suite ceiling --n 200"),
+    Row("ceiling-second", "ceiling", f"eval {MODEL} --suite ceiling --config world_2 --n 100 --height 96 --width 96"),
     Row("first-video-cold", "first-video", f"bench first-video-cold {MODEL}"),
     Row("first-video-warm", "first-video", f"bench first-video-warm {MODEL}"),
     Row("distance", "distance", f"eval {MODEL} --suite distance --n 50"),

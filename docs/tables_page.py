@@ -87,6 +87,17 @@ def autoencoder_table(results: Results) -> list[str]:
     ]
 
 
+def ceiling_table(results: Results) -> list[str]:
+    """What checkers find in true clips that went through the autoencoder."""
+    names = {"ceiling": "the first world, 64x64", "ceiling-second": "the second, 96x96"}
+    shown = {metric: name for metric, (name, least) in PROMPTS.items() if least}
+    lines = _head("true clips after the autoencoder", "clips", *shown.values())
+    for row, name in names.items():
+        found = results.get(row)
+        lines.append(_line(name, _asked(found), *(cell(found, metric, share) for metric in shown)))
+    return lines
+
+
 def first_video_table(results: Results) -> list[str]:
     lines = _head("the whole command `sora-jax sample`", "", "target")
     for name, (what, most) in FIRST_VIDEO.items():
@@ -181,6 +192,7 @@ def speed_table(results: Results) -> list[str]:
 TABLES: dict[str, tuple[str, Callable[[Results], list[str]]]] = {  # group of rows: its page, and its table there
     "prompts": ("world.md", prompts_table),
     "autoencoder": ("world.md", autoencoder_table),
+    "ceiling": ("world.md", ceiling_table),
     "first-video": ("world.md", first_video_table),
     "distance": ("world.md", distance_table),
     "continuation": ("world.md", continuation_table),

@@ -110,6 +110,9 @@ def test_several_caches_are_one_after_another(tmp_path):
         LatentSource(f"{tmp_path / 'a'},{tmp_path / 'other'}")
     with pytest.raises(UserError, match=r"c is not there; `sora-jax encode SOURCE --out .*/c` makes one"):
         LatentSource(f"{tmp_path / 'a'},{tmp_path / 'c'}")
+    for path in (f"{tmp_path / 'a'},", ""):
+        with pytest.raises(UserError, match="names no folder"):
+            LatentSource(path)
 
 
 def test_interrupted_encoding_goes_on_at_the_first_missing_shard(tmp_path):

@@ -240,7 +240,10 @@ class LatentSource:
 
     def __init__(self, path: str | os.PathLike[str], start: int = 0, stop: int | None = None):
         self.path = os.fspath(path)
-        folders = [epath.Path(part) for part in self.path.split(",")]
+        named = self.path.split(",")
+        if "" in named:
+            raise UserError(f'"{self.path}" names no folder of latents somewhere: give one, or several with commas between, a,b')
+        folders = [epath.Path(part) for part in named]
         manifests = [_whole_manifest(folder) for folder in folders]
         self.info = manifests[0].info
         for folder, manifest in zip(folders, manifests, strict=True):
