@@ -242,7 +242,7 @@ class LatentSource:
         self.path = os.fspath(path)
         named = self.path.split(",")
         if "" in named:
-            raise UserError(f'"{self.path}" names no folder of latents somewhere: give one, or several with commas between, a,b')
+            raise UserError(f'"{self.path}" names no folder of latents somewhere: give one, or several as "a,b"')
         folders = [epath.Path(part) for part in named]
         manifests = [_whole_manifest(folder) for folder in folders]
         self.info = manifests[0].info

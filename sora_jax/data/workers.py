@@ -95,7 +95,7 @@ def in_processes(source: Indexed, start: int, workers: Workers, *, chunk: int = 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers read their flags, and outside absl.app nobody parses them
     # Chunks are cut before they are dealt to workers: the other way round, the order would depend on their number.
-    # They travel as bytes: Grain gives every array a shared memory of its own, which costs more than clips so small.
+    # They travel as bytes: Grain gives every array a shared memory of its own, which costs small ones more than a copy.
     chunks = grain.MapDataset.source(_Caught(source)).slice(slice(start, None)).batch(chunk, batch_fn=pickle.dumps)
     read = chunks.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(
         grain.MultiprocessingOptions(num_workers=workers.count, per_worker_buffer_size=2),
