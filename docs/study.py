@@ -206,7 +206,7 @@ def predict() -> dict[str, Any] | None:
         return None
     widest = next(run for run in RUNS if run.name == PREDICTED)
     compute = steps_of(widest) * operations(widest)["executed"]
-    fit = study_fit.best_fit([compute_of(p) for p in points if p], [p["loss"]["loss"] for p in points if p])
+    fit = study_fit.saturating_fit([compute_of(p) for p in points if p], [p["loss"]["loss"] for p in points if p])
     made = fit._asdict() | {
         "of": PREDICTED,
         "from": list(SCALE[:-1]),

@@ -3,6 +3,8 @@
 plain       L = a C^-b         a straight line in log L over log C
 saturating  L = c + a C^-b     the same above a loss c that no compute takes away (Kaplan et al. 2020,
                                arXiv:2001.08361; Hoffmann et al. 2022, arXiv:2203.15556)
+
+The velocity of a clip has such a floor: a noised latent and a caption leave it open which clip it was.
 """
 
 from __future__ import annotations
@@ -11,8 +13,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-
-WANTED = 0.98  # R^2
 
 
 class PowerLaw(NamedTuple):
@@ -36,8 +36,11 @@ def plain_fit(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
 
 def saturating_fit(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
     """The plain fit above the floor c, from 0 to under the least loss, that gives the highest R^2, on a grid that
-    closes in on it. Three values from four points leave one free: their R^2 says little, the next point says more."""
+    closes in on it. Three values from four points leave one free: their R^2 says little, the next point says more.
+    Raises `ValueError` below four points."""
     C, L = np.asarray(compute), np.asarray(loss)
+    if len(C) != len(L) or len(C) < 4:
+        raise ValueError(f"a fit with a floor needs four runs or more, each with a loss, not {len(C)} and {len(L)}")
     low, high = 0.0, 0.999 * float(L.min())
     for _ in range(4):
         floors = np.linspace(low, high, 200)
@@ -45,14 +48,6 @@ def saturating_fit(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
         apart = floors[1] - floors[0]
         low, high = max(low, best.c - apart), min(high, best.c + apart)
     return best
-
-
-def best_fit(compute: Sequence[float], loss: Sequence[float]) -> PowerLaw:
-    """The plain one where its R^2 is over `WANTED`, else the saturating one. Raises `ValueError` below three points."""
-    if len(compute) != len(loss) or len(compute) < 3:
-        raise ValueError(f"a fit needs three runs or more, each with a loss, not {len(compute)} and {len(loss)}")
-    plain = plain_fit(compute, loss)
-    return plain if plain.r2 > WANTED else saturating_fit(compute, loss)
 
 
 def _fit(form: str, compute: np.ndarray, loss: np.ndarray, floor: float) -> PowerLaw:
