@@ -196,7 +196,8 @@ def test_the_widest_run_is_predicted_before_it_is_made_and_the_prediction_stays(
     # another result for a point that it was made from moves nothing
     (kept / f"{SCALE[0]}.json").write_text(json.dumps(result(SCALE[0], 9.0)))
     assert study.predict() == predicted
-    assert f"L = {predicted['c']:.3f} + {predicted['a']:.4f} C^-{predicted['b']:.4f}" in study_page.fit_lines({}, predicted)[0]
+    law = f"L = {predicted['c']:.3f} + {predicted['a']:.4f} C^-{predicted['b']:.4f}"
+    assert law in study_page.fit_lines({}, predicted)[0]
 
 
 def test_what_has_a_result_is_not_run_again(kept, monkeypatch):
