@@ -426,25 +426,12 @@ def test_eval_of_an_autoencoder_that_keeps_one_frame(capsys, tiny_model, monkeyp
 def test_the_ceiling_is_what_the_autoencoder_leaves_of_true_clips(capsys, tiny_model, monkeypatch, decode, right):
     monkeypatch.setattr(Pipeline, "encode", lambda self, video: video)
     monkeypatch.setattr(Pipeline, "decode", lambda self, video: decode(video))
-    flags = (
-        "--n",
-        6,
-        "--batch-size",
-        4,
-        "--frames",
-        17,
-        "--height",
-        64,
-        "--width",
-        96,
-        "--config",
-        "world_2",
-        "--json",
-    )
+    size = ("--frames", 17, "--height", 64, "--width", 96)
+    flags = ("--n", 3, "--batch-size", 2, *size, "--config", "world_2", "--json")
     code, out, _ = run(capsys, "eval", "--suite", "ceiling", "--model", tiny_model, *flags)
     assert code == 0
     document = json.loads(out)
-    assert (document["suite"], document["n"], document["config"]) == ("ceiling", 6, "world_2")
+    assert (document["suite"], document["n"], document["config"]) == ("ceiling", 3, "world_2")
     assert {document["metrics"][name]["value"] for name in ("color", "shape", "count", "all")} == {right}
 
 
