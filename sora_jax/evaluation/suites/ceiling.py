@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sora_jax.data.world import WorldSource, heldout_prompts
+from sora_jax.data.world import Mix, WorldSource, heldout_prompts
 from sora_jax.evaluation.suite import evaluate
 from sora_jax.evaluation.suites import Asked
 from sora_jax.evaluation.suites.world import motion_extent
@@ -16,7 +16,7 @@ from sora_jax.pipeline import Pipeline
 def run(pipe: Pipeline, asked: Asked) -> dict[str, Any]:
     extent = motion_extent(pipe, asked)
     prompts = heldout_prompts(asked.n, asked.seed, **extent._asdict(), mix=asked.mix)
-    true = WorldSource(asked.seed, asked.n, "heldout", **extent._asdict(), mix=asked.mix)
+    true = WorldSource(asked.seed, asked.n, "heldout", **extent._asdict(), mix=asked.mix or Mix())
 
     def there_and_back(_: list[str], seeds: list[int]) -> np.ndarray:
         clips = np.stack([item["frames"] for item in true.batch([seed - asked.seed for seed in seeds])])
