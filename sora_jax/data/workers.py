@@ -78,10 +78,9 @@ class _Caught:
     def __getitem__(self, number: int) -> tuple[Any, Exception | None]:
         try:
             return self.source[number], None
-        except UserError as error:
-            return None, error
-        except Exception as error:  # noqa: BLE001 (raised again in the parent, which does not see where it was)
-            error.add_note("".join(traceback.format_tb(error.__traceback__)))
+        except Exception as error:  # noqa: BLE001 (raised again in the parent)
+            if not isinstance(error, UserError):  # the parent does not see where it was
+                error.add_note("".join(traceback.format_tb(error.__traceback__)))
             return None, error
 
 
