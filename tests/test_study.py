@@ -129,16 +129,22 @@ COMPUTE = np.array([3e12, 1e13, 3e13, 9e13])
 
 def test_a_plain_power_law_is_found():
     losses = 0.2 * (COMPUTE / 1e15) ** -0.15
-    for law in (study_fit.plain_fit(COMPUTE, losses), study_fit.saturating_fit(COMPUTE, losses)):
-        assert (law.a, law.b, law.r2) == pytest.approx((0.2, 0.15, 1.0), rel=1e-3)
-        assert law.c == pytest.approx(0.0, abs=1e-3)
-        assert law.loss(2e14) == pytest.approx(0.2 * 0.2**-0.15, rel=1e-4)
+    law = study_fit.plain_fit(COMPUTE, losses)
+    assert law.form == "plain"
+    assert (law.a, law.b, law.c, law.r2) == pytest.approx((0.2, 0.15, 0.0, 1.0), rel=1e-6)
+    assert law.loss(2e14) == pytest.approx(0.2 * 0.2**-0.15, rel=1e-6)
+    # and with a floor, which is looked for on a grid
+    law = study_fit.saturating_fit(COMPUTE, losses)
+    assert (law.a, law.b, law.r2) == pytest.approx((0.2, 0.15, 1.0), rel=1e-3)
+    assert law.c == pytest.approx(0.0, abs=1e-3)
+    assert law.loss(2e14) == pytest.approx(0.2 * 0.2**-0.15, rel=1e-4)
 
 
 def test_a_floor_is_found():
     losses = 0.3 + 1e-4 * (COMPUTE / 1e15) ** -1.5
     assert study_fit.plain_fit(COMPUTE, losses).r2 < 0.98
     law = study_fit.saturating_fit(COMPUTE, losses)
+    assert law.form == "saturating"
     assert (law.a, law.b, law.c) == pytest.approx((1e-4, 1.5, 0.3), rel=0.01)
     assert law.loss(2e14) == pytest.approx(0.3 + 1e-4 * 0.2**-1.5, rel=0.001)
 
