@@ -15,7 +15,7 @@ from sora_jax.errors import UserError
 from sora_jax.models import layers
 from sora_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sora_jax.models.transformer import Transformer, TransformerConfig
-from sora_jax.training.optimizer import OptimizerConfig, decay_mask, make_optimizer, make_schedule, muon_matrices
+from sora_jax.training.optimizer import OptimizerConfig, decay_mask, make_optimizer, make_schedule, stacked_axes
 from sora_jax.training.spikes import NormStatistics, is_spike, no_statistics, observe
 from sora_jax.training.state import TrainState, apply_gradients, ema_decay_at, ema_update
 
@@ -76,14 +76,16 @@ def params() -> nnx.State:
 
 
 def names_where(tree) -> set[str]:
-    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None or hasattr(x, "reduction_axis"))[0]
-    return {jax.tree_util.keystr(path, simple=True, separator=".") for path, leaf in flat if leaf}
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".") for path, leaf in flat if leaf is not None and leaf is not False
+    }
 
 
 def test_which_parameters_decay_and_which_muon_trains(params: nnx.State):
     kernels = {"patch_embed.kernel", "blocks.linear.kernel", "conv.kernel", "head.kernel"}
     assert names_where(decay_mask(params)) == kernels
-    assert names_where(muon_matrices(params)) == {"blocks.linear.kernel", "conv.kernel"}
+    assert names_where(stacked_axes(params)) == {"blocks.linear.kernel", "conv.kernel"}
 
 
 def test_muon_trains_the_hidden_matrices_of_the_real_models():
@@ -94,7 +96,7 @@ def test_muon_trains_the_hidden_matrices_of_the_real_models():
         lambda: TextEncoder(text_encoder, rngs=nnx.Rngs(0)),
     ):
         state = nnx.split(nnx.eval_shape(make), graph=False)[1]
-        by_muon = names_where(muon_matrices(state))
+        by_muon = names_where(stacked_axes(state))
         adam = {".".join(path) for path, _ in nnx.to_flat_state(state)} - by_muon
         assert by_muon
         assert all(name.endswith("kernel") for name in by_muon)

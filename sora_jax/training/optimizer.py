@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from optax.contrib import MuonDimensionNumbers, muon
 
 from sora_jax.errors import UserError
+from sora_jax.training.muon import StackedAxes, scale_by_muon
 
 # The modules that touch data space. Their matrices have rows of unlike meaning, which orthogonalising would mix.
 BORDER_MODULES = frozenset({"patch_embed", "head", "conv_in", "conv_out"})
@@ -104,41 +104,32 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     if config.name == "adamw":
         return adamw(main_rate)
-    # `muon` has an Adam of its own for the rest, but with Nesterov momentum, where it is 1.5 times as fast at first.
-    orthogonal = muon(
-        main_rate,
-        ns_steps=config.muon_iterations,
-        beta=config.muon_momentum,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        muon_weight_dimension_numbers=muon_matrices,
-        consistent_rms=0.2 if config.rms_match else None,
+    orthogonal = optax.chain(
+        scale_by_muon(stacked_axes, config.muon_momentum, config.muon_iterations, config.eps, config.rms_match),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(main_rate),
     )
     rest = adamw(make_schedule(config, steps, config.adam_learning_rate or config.learning_rate))
 
     def label(params: Any) -> Any:
         return jax.tree.map(
-            lambda matrix: "rest" if matrix is None else "muon",
-            muon_matrices(params),
-            is_leaf=lambda leaf: leaf is None or isinstance(leaf, MuonDimensionNumbers),
+            lambda stacked: "rest" if stacked is None else "muon", stacked_axes(params), is_leaf=lambda leaf: leaf is None
         )
 
     return optax.partition({"muon": orthogonal, "rest": rest}, label)
 
 
-def muon_matrices(params: Any) -> Any:
-    """A tree like `params`: for each hidden kernel, which of its axes are a matrix's rows and columns, else None.
+def stacked_axes(params: Any) -> Any:
+    """A tree like `params`: for each hidden kernel, which Muon trains, how many stacked axes it begins with, else None.
 
     Stacked layers are matrices of their own. A convolution kernel [time, height, width, in, out] counts as one matrix
     of time * height * width * in rows.
     """
 
-    def label(path: tuple[str, ...], variable: nnx.Variable) -> MuonDimensionNumbers | None:
+    def label(path: tuple[str, ...], variable: nnx.Variable) -> StackedAxes:
         if path[-1] != "kernel" or BORDER_MODULES & set(path) or not jax.tree.leaves(variable):
             return None  # a Variable without leaves is one that optax has masked out
-        ndim = variable.get_value().ndim
-        stacked = ndim - len(variable.get_metadata()["axes"])
-        return MuonDimensionNumbers(reduction_axis=tuple(range(stacked, ndim - 1)), output_axis=ndim - 1)
+        return variable.get_value().ndim - len(variable.get_metadata()["axes"])
 
     return _map_variables(label, params)
 
