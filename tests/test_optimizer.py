@@ -15,6 +15,7 @@ from sora_jax.errors import UserError
 from sora_jax.models import layers
 from sora_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sora_jax.models.transformer import Transformer, TransformerConfig
+from sora_jax.training.muon import orthogonalized
 from sora_jax.training.optimizer import OptimizerConfig, decay_mask, make_optimizer, make_schedule, stacked_axes
 from sora_jax.training.spikes import NormStatistics, is_spike, no_statistics, observe
 from sora_jax.training.state import TrainState, apply_gradients, ema_decay_at, ema_update
@@ -149,6 +150,25 @@ def test_muon_orthogonalises_each_stacked_matrix(params: nnx.State, grads: nnx.S
     expected = newton_schulz(gradient.reshape(24, 5)).reshape(gradient.shape)
     expected = -rate * (0.2 * math.sqrt(24) * expected + decay * weight)
     np.testing.assert_allclose(update["conv"]["kernel"][...], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(300, 16), (16, 300), (40, 40)])
+@pytest.mark.parametrize("spread", [1e-2, 1e-7])
+def test_directions_stay_and_singular_values_come_near_one(shape: tuple[int, int], spread: float):
+    """Also of a matrix that float32's Gram matrix takes for one of low rank: what is lost there stays small."""
+    rng = np.random.default_rng(1)
+    short = min(shape)
+    left = np.linalg.qr(rng.standard_normal((shape[0], short)))[0]
+    right = np.linalg.qr(rng.standard_normal((shape[1], short)))[0]
+    values = np.geomspace(1.0, spread, short)
+    result = np.asarray(orthogonalized(jnp.asarray(left * values @ right.T, jnp.float32)), np.float64)
+    turned = left.T @ result @ right  # diagonal where every singular vector is kept
+    found = np.diag(turned)
+    large = values >= 1e-2
+    assert found[large].min() > 0.6
+    assert np.linalg.norm(result, ord=2) < 1.25
+    np.testing.assert_allclose(turned[large][:, large], np.diag(found[large]), atol=2e-3)
+    assert not np.asarray(orthogonalized(jnp.zeros(shape))).any()
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -24,6 +24,7 @@ from sora_jax.training.samples import autoencoder_sampler
 from sora_jax.training.stage import Context, Stage, mean_over
 
 STATISTICS_CLIPS = 128
+VALIDATION_CLIPS = 32  # or so: whole batches, so that runs of small and large ones compare
 
 
 def autoencoder_stage(context: Context) -> Stage:
@@ -53,8 +54,10 @@ def autoencoder_stage(context: Context) -> Stage:
     )
     validate = sample = None
     if data.held_out:
-        clips = source.held_out(config.train.batch_size)
-        placed = [jax.device_put(clips, sharding.batch_sharding(context.mesh))]
+        rows = config.train.batch_size
+        count = -(-min(data.held_out, VALIDATION_CLIPS) // rows)
+        clips = source.held_out(count * rows)
+        placed = [jax.device_put(part, sharding.batch_sharding(context.mesh)) for part in np.split(clips, count)]
         validate = mean_over(_make_autoencoder_validation(graphdef, context.dtype), placed)
         sample = autoencoder_sampler(graphdef, clips[:4], context.dtype)
     return Stage(
