@@ -5,9 +5,9 @@ Source: as configs/world_autoencoder.py, with Wan 2.1's stride (arXiv:2503.20314
     sora-jax train --config world_2_autoencoder --workdir runs/images --config.train.init= --config.data.frames=1
     sora-jax train --config world_2_autoencoder --workdir runs/autoencoder --config.train.init=runs/images
 
-A latent of world-1's is 16x16 pixels in 32 values, two of these make 64 values of the same pixels, and each looks at
-fewer: from nothing, in the same three minutes, images come to 28.1 dB instead of 25.0. The transformer takes 2x2 of
-them as one token, so that a clip has as many tokens as before. What is not said here is as there. Result: docs/world.md.
+A latent of world-1's is 16x16 pixels in 32 values. Here the same pixels have 64, and each of them looks at fewer: from
+nothing, in the same three minutes, images come to 28.1 dB instead of 25.0. The transformer takes 2x2 of them as one
+token, so that a clip has as many tokens as before. What is not said here is as there. Result: docs/world.md.
 """
 
 import ml_collections

@@ -78,9 +78,8 @@ def params() -> nnx.State:
 
 def names_where(tree) -> set[str]:
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator=".") for path, leaf in flat if leaf is not None and leaf is not False
-    }
+    named = [path for path, leaf in flat if leaf is not None and leaf is not False]
+    return {jax.tree_util.keystr(path, simple=True, separator=".") for path in named}
 
 
 def test_which_parameters_decay_and_which_muon_trains(params: nnx.State):

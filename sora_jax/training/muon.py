@@ -3,7 +3,7 @@
 The quintic Newton-Schulz iteration X <- a X + (b G + c G^2) X, G = X X^T, multiplies X from the left by polynomials of
 the first G alone. So they are iterated on the Gram matrix, which is as small as the shorter side, and X is multiplied
 once, at the end: the same result, at 2 products with the long side instead of 2 in every iteration. The kernel of a
-3 x 3 x 3 convolution of 128 channels, 3456 x 128, takes a fifth of the operations, a square matrix about as many.
+3 x 3 x 3 convolution of 128 channels, 3456 x 128, takes a quarter of the operations, a square matrix a quarter more.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ StackedAxes = int | None  # of a kernel [*stacked, *inputs, output]: how many ar
 
 
 class MuonState(NamedTuple):
+    """Of `scale_by_muon`."""
+
     count: jax.Array  # steps taken
     momentum: Any  # a tree like the parameters
 
@@ -55,7 +57,7 @@ def _float32_product(a: jax.Array, b: jax.Array) -> jax.Array:
 def scale_by_muon(
     stacked_axes: Callable[[Any], Any], momentum: float, iterations: int, eps: float, rms_match: bool
 ) -> optax.GradientTransformation:
-    """Gradients to orthogonal directions: Nesterov momentum with its bias corrected, then `orthogonalized`, then a scale.
+    """Gradients to directions: Nesterov momentum with its bias corrected, then `orthogonalized`, then a scale.
 
     `stacked_axes(tree)` is a prefix of `tree` with a number of axes for each kernel. With `rms_match` the scale is 0.2
     sqrt(max(in, out)) (Liu et al. 2025, arXiv:2502.16982), else sqrt(max(1, out / in)).

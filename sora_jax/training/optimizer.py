@@ -112,9 +112,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     rest = adamw(make_schedule(config, steps, config.adam_learning_rate or config.learning_rate))
 
     def label(params: Any) -> Any:
-        return jax.tree.map(
-            lambda stacked: "rest" if stacked is None else "muon", stacked_axes(params), is_leaf=lambda leaf: leaf is None
-        )
+        axes = stacked_axes(params)
+        return jax.tree.map(lambda n: "rest" if n is None else "muon", axes, is_leaf=lambda leaf: leaf is None)
 
     return optax.partition({"muon": orthogonal, "rest": rest}, label)
 
