@@ -82,8 +82,8 @@ def test_autoencoder_stage(autoencoder_run: Path):
         assert np.isfinite(first[name])
     assert np.isfinite(last["validation_loss"])
     assert 0 < last["validation_psnr"] < 60
-    # two held-out clips, each beside its reconstruction, in a grid
-    assert read_media(autoencoder_run / "samples" / "0000002.mp4").frames.shape == (5, 16, 64, 3)
+    # four held-out clips, more than a batch has, each beside its reconstruction, in a grid
+    assert read_media(autoencoder_run / "samples" / "0000002.mp4").frames.shape == (5, 32, 64, 3)
 
 
 @pytest.mark.slow

@@ -61,10 +61,14 @@ def text_stage(context: Context) -> Stage:
 
     validate = None
     if data.held_out:
-        captions = world_captions(
-            data.seed, 0, config.train.batch_size, data.row_text, data.mix, split="heldout", dense=False
-        )
-        placed = [jax.device_put(captions, sharding.batch_sharding(context.mesh))]
+        rows = config.train.batch_size
+        placed = [
+            jax.device_put(
+                world_captions(data.seed, first, rows, data.row_text, data.mix, split="heldout", dense=False),
+                sharding.batch_sharding(context.mesh),
+            )
+            for first in range(0, data.held_out, rows)
+        ]
 
         @jax.jit
         def read(params: Any, captions: Captions) -> dict[str, jax.Array]:
