@@ -26,7 +26,7 @@ StackedAxes = int | None  # of a kernel [*stacked, *inputs, output]: how many ar
 class MuonState(NamedTuple):
     """Of `scale_by_muon`."""
 
-    count: jax.Array  # steps taken
+    step: jax.Array  # how many were taken
     momentum: Any  # a tree like the parameters
 
 
@@ -75,12 +75,12 @@ def scale_by_muon(
 
     def update(updates: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         del params
-        count = state.count + 1
+        step = state.step + 1
         mean = optax.tree.update_moment(updates, state.momentum, momentum, 1)
         ahead = jax.tree.map(
             lambda m, g: momentum * m + (1.0 - momentum) * g,
-            optax.tree.bias_correction(mean, momentum, count + 1),
-            optax.tree.bias_correction(updates, momentum, count),
+            optax.tree.bias_correction(mean, momentum, step + 1),
+            optax.tree.bias_correction(updates, momentum, step),
         )
         turned = jax.tree.map(
             lambda stacked, tree: jax.tree.map(lambda x: direction(x, stacked), tree),
@@ -88,6 +88,6 @@ def scale_by_muon(
             ahead,
             is_leaf=lambda leaf: leaf is None,
         )
-        return turned, MuonState(count, mean)
+        return turned, MuonState(step, mean)
 
     return optax.GradientTransformation(init, update)
