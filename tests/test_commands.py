@@ -307,6 +307,7 @@ def test_checkpoints_are_listed_and_every_byte_is_checked(capsys, workdir, tmp_p
         (["eval", "--seed", str(2**32 - 1), "--n", "2"], f"not {2**32}"),
         (["eval", "--suite", "storys"], 'did you mean "stories"?'),
         (["eval", "--shots", "9,9"], "--shots is for --suite stories, not world"),
+        (["eval", "--autoencoder", "world"], "--autoencoder is for --suite reconstruction or ceiling, not world"),
         (["eval", "--suite", "stories", "--shots", "9,x"], '--shots takes numbers of frames, say 9,9: "9,x" is none'),
         (["eval", "--suite", "stories", "--frames", "9"], "--shots says how many frames there are"),
         (["eval", "--config.data.mix.pair=1"], "name it, say --config world_2"),
@@ -420,6 +421,20 @@ def test_eval_of_an_autoencoder_that_keeps_one_frame(capsys, tiny_model, monkeyp
     # Such an autoencoder is the baseline itself.
     assert metrics["psnr"]["value"] == metrics["copy_psnr"]["value"]
     assert metrics["ssim"]["value"] == metrics["copy_ssim"]["value"]
+
+
+def test_another_autoencoder_is_judged_in_place_of_the_models(capsys, tiny_model):
+    flags = ("--suite", "reconstruction", "--n", 1, "--frames", 5, "--height", 32, "--width", 32, "--json")
+    reports = []
+    for models in (("--model", "world"), ("--model", tiny_model, "--autoencoder", "world"), ("--model", tiny_model)):
+        code, out, err = run(capsys, "eval", *models, *flags)
+        assert code == 0, err
+        reports.append(json.loads(out))
+    its_own, in_its_place, another = reports
+    assert in_its_place["model"] == "world"
+    for name in ("psnr", "ssim"):
+        assert in_its_place["metrics"][name]["value"] == pytest.approx(its_own["metrics"][name]["value"], rel=1e-3)
+        assert in_its_place["metrics"][name]["value"] > another["metrics"][name]["value"] + 0.1
 
 
 @pytest.mark.parametrize(("decode", "right"), [(lambda video: video, 1.0), (np.zeros_like, 0.0)])

@@ -28,6 +28,7 @@ EXAMPLES = """
     sora-jax eval --model world --suite continuation --n 50
     sora-jax eval --model world --suite stories --shots 9,9 --n 50
     sora-jax eval --model world --suite reconstruction --n 64
+    sora-jax eval --suite reconstruction --autoencoder runs/autoencoder
     sora-jax eval --model world --suite reconstruction --source my_videos
     sora-jax eval --model world --suite ceiling --height 96 --width 96    # what the autoencoder lets the checkers see
 """
@@ -40,7 +41,8 @@ SUITES = {  # what each asks, and how many clips it asks for if nobody says
     "ceiling": ("true clips of held-out prompts through the autoencoder, judged like made ones", 200),
 }
 SAMPLED = ("steps", "guidance", "solver")  # flags that go to the sampler as they are
-ONLY = {"source": "reconstruction", "shots": "stories"}  # flags of one suite alone
+# flags of some suites alone
+ONLY = {"source": ("reconstruction",), "shots": ("stories",), "autoencoder": ("reconstruction", "ceiling")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shots", metavar="T,T,...", help="stories: frames of each shot, 1 + 4k and 9 or more (9,9)")
     defaults = ", ".join(f"{name} {n}" for name, (_, n) in SUITES.items())
+    parser.add_argument(
+        "--autoencoder",
+        metavar="MODEL",
+        help="reconstruction, ceiling: of this shipped name, model folder or workdir, in place of the model's",
+    )
     parser.add_argument("--n", type=int, metavar="N", help=f"prompts, or clips ({defaults})")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="which prompts, and the first video's seed (0)"
@@ -80,9 +87,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--n and --batch-size must be >= 1, not {n} and {args.batch_size}")
     check_seed(args.seed)
     check_seed(args.seed + n - 1)  # each video has the next one
-    for flag, suite in ONLY.items():
-        if getattr(args, flag) is not None and args.suite != suite:
-            raise UserError(f"--{flag} is for --suite {suite}, not {args.suite}: leave it out")
+    for flag, of in ONLY.items():
+        if getattr(args, flag) is not None and args.suite not in of:
+            raise UserError(f"--{flag} is for --suite {' or '.join(of)}, not {args.suite}: leave it out")
     shots = parse_shots(args.shots) if args.shots else None
     if args.suite == "stories" and args.frames is not None:
         raise UserError("--shots says how many frames there are: leave --frames out")
@@ -102,9 +109,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         mix=mix,
         source=args.source or "world",
         shots=shots,
+        autoencoder=args.autoencoder,
         progress=_counter(),
     )
-    document = {"model": pipe.name, **suites.run(args.suite, pipe, asked)}
+    document = {"model": args.autoencoder or pipe.name, **suites.run(args.suite, pipe, asked)}
     if mix is not None:
         document["config"] = args.config
     if not args.json:

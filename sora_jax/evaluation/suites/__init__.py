@@ -11,11 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from sora_jax.canvas import Canvas
 from sora_jax.data.world import Mix
+from sora_jax.models.autoencoder import Autoencoder, decode_stream, encode_stream
+from sora_jax.models.structure import structure_of
 from sora_jax.pipeline import Pipeline
 from sora_jax.shapes import Extent
+from sora_jax.training.pretrained import load_autoencoder
+
+Clips = UInt8[np.ndarray, "B T H W 3"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +38,26 @@ class Asked:
     mix: Mix | None
     source: str
     shots: tuple[int, ...] | None
+    autoencoder: str | None  # in place of the model's, by name
     progress: Callable[[int, int], None]
 
     def extent(self, pipe: Pipeline) -> Extent:
         return pipe.extent(self.frames, None, self.height, self.width)
+
+    def there_and_back(self, pipe: Pipeline) -> Callable[[Clips], Clips]:
+        """Clips through the autoencoder that was named, else through the model's."""
+        if self.autoencoder is None:
+            return lambda clips: pipe.decode(pipe.encode(clips))
+        config, params = load_autoencoder(self.autoencoder)
+        graphdef = structure_of(lambda rngs: Autoencoder(config, rngs=rngs))
+
+        def rebuild(clips: Clips) -> Clips:
+            pixels = clips.astype(np.float32) / 127.5 - 1.0
+            latents = np.concatenate([latent.mean for latent in encode_stream(graphdef, params, pixels)], axis=1)
+            frames = np.concatenate(list(decode_stream(graphdef, params, latents)), axis=1)
+            return np.round((frames + 1.0) * 127.5).astype(np.uint8)
+
+        return rebuild
 
     def make(self, pipe: Pipeline, drawn: Sequence[Canvas], seeds: Sequence[int]) -> np.ndarray:
         """Clips uint8 [b, T, H, W, 3] of canvases of one layout."""

@@ -18,9 +18,10 @@ def run(pipe: Pipeline, asked: Asked) -> dict[str, Any]:
     prompts = heldout_prompts(asked.n, asked.seed, **extent._asdict(), mix=asked.mix)
     true = WorldSource(asked.seed, asked.n, "heldout", **extent._asdict(), mix=asked.mix or Mix())
 
-    def there_and_back(_: list[str], seeds: list[int]) -> np.ndarray:
-        clips = np.stack([item["frames"] for item in true.batch([seed - asked.seed for seed in seeds])])
-        return pipe.decode(pipe.encode(clips))
+    there_and_back = asked.there_and_back(pipe)
 
-    report = evaluate(there_and_back, asked.n, asked.seed, asked.batch_size, asked.progress, prompts=prompts)
+    def rebuilt(_: list[str], seeds: list[int]) -> np.ndarray:
+        return there_and_back(np.stack([item["frames"] for item in true.batch([seed - asked.seed for seed in seeds])]))
+
+    report = evaluate(rebuilt, asked.n, asked.seed, asked.batch_size, asked.progress, prompts=prompts)
     return {**report, "suite": "ceiling"}

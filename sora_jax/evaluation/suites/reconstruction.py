@@ -18,16 +18,14 @@ from sora_jax.pipeline import Pipeline
 def run(pipe: Pipeline, asked: Asked) -> dict[str, Any]:
     source = _clips(pipe, asked)
     count = min(asked.n, len(source))
-
-    def there_and_back(clip: np.ndarray) -> np.ndarray:
-        return pipe.decode(pipe.encode(clip[None]))[0]
+    there_and_back = asked.there_and_back(pipe)
 
     def clips() -> Iterator[np.ndarray]:
         for index in range(count):
             yield source[index]["frames"]
             asked.progress(index + 1, count)
 
-    scores = evaluate_reconstruction(there_and_back, clips())
+    scores = evaluate_reconstruction(lambda clip: there_and_back(clip[None])[0], clips())
     return {"suite": "reconstruction", "n": count, "metrics": {name: _finite(v) for name, v in scores.items()}}
 
 
