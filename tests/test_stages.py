@@ -347,6 +347,13 @@ def test_a_text_encoder_learns_to_read_and_a_diffusion_run_starts_from_it(diffus
     read, started = load_run(tmp_path / "text").params, load_run(tmp_path / "video").params
     assert_equal(started["text_encoder"], read["text_encoder"])
 
+    alone = [*frozen, "train.learns=transformer", "train.anew=True"]
+    train(override(diffusion_config, alone), tmp_path / "alone", say=said.append)
+    model = model_of_run(epath.Path(tmp_path / "alone"))
+    assert_equal(model.text_encoder, read["text_encoder"])
+    assert_equal(model.transformer, load_run(tmp_path / "alone").params["transformer"])
+    assert model.tokenizer.max_length == diffusion_config.data.row_text
+
     both = [*frozen[:-1], "train.seed=7", f"train.init={tmp_path / 'video'}", "train.text_init=world-1"]
     with pytest.raises(UserError, match=r"text_encoder\..* has shape .* and this config makes"):
         train(override(diffusion_config, both), tmp_path / "wrong", say=lambda line: None)

@@ -15,9 +15,10 @@ from sora_jax.config import Config
 from sora_jax.data.world.words import world_prompts, world_words
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import AutoencoderConfig
+from sora_jax.models.structure import shapes_of
 from sora_jax.models.tokenizer import ByteTokenizer
 from sora_jax.models.transformer import TransformerConfig
-from sora_jax.training.adapters import ADAPTERS, merge_adapters
+from sora_jax.training.adapters import ADAPTERS, merge_adapters, networks
 from sora_jax.training.encoding import autoencoder_hash
 from sora_jax.training.pretrained import (
     Run,
@@ -25,6 +26,7 @@ from sora_jax.training.pretrained import (
     find_pretrained,
     is_workdir,
     load_autoencoder,
+    load_modules,
     load_run,
     workdir_of,
 )
@@ -50,23 +52,35 @@ def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None, autoencoder: 
                 f"{autoencoder} makes other latents than {config.data.autoencoder}, which {workdir} was trained on; "
                 "give one whose decoder alone was trained since (reconstruction.train_encoder=False)"
             )
-    if config.train.learns != "all":
+    reader = config.train.anew and _is_of_the_text_stage(config.train.init)
+    if config.train.learns != "all" and not reader:
         return _tuned(run, mesh, workdir, autoencoder_config, autoencoder_params)
+    facts = facts_of_run(config, run.step, workdir)
+    if reader:
+        facts = {"tuned from": config.train.init, **facts}
+        shapes = {"text_encoder": shapes_of(networks(config)["text_encoder"])}
+        text_encoder = load_modules(config.train.init, shapes, mesh).params["text_encoder"]
+    else:
+        text_encoder = run.params["text_encoder"]
     return ModelFolder(
         transformer_config=config.transformer,
         transformer=run.params["transformer"],
         autoencoder_config=autoencoder_config,
         autoencoder=autoencoder_params,
         text_encoder_config=config.text_encoder,
-        text_encoder=run.params["text_encoder"],
+        text_encoder=text_encoder,
         # Sampling gives every prompt as many places as training rows had text.
         tokenizer=ByteTokenizer(max_length=config.data.row_text),
         scheduler=SchedulerDefaults(config.sample.solver, config.sample.shift),
-        defaults=SamplingDefaults(
-            **_sampling(config), version=f"{workdir.name}-{run.step}", card=facts_of_run(config, run.step, workdir)
-        ),
+        defaults=SamplingDefaults(**_sampling(config), version=f"{workdir.name}-{run.step}", card=facts),
         path=workdir,
     )
+
+
+def _is_of_the_text_stage(name: str) -> bool:
+    """Whether `name` is a run that has learned to read, which is no model."""
+    path = find_pretrained(name)
+    return is_workdir(path) and configs.from_json((path / "config.json").read_text()).train.stage == "text"
 
 
 def _config_of(workdir: epath.Path) -> Config:
