@@ -2,7 +2,7 @@
 
 Source: as configs/world_autoencoder.py, with Wan 2.1's stride (arXiv:2503.20314, section 4.1): 4 frames, 8x8 pixels.
 
-    sora-jax train --config world_2_autoencoder --workdir runs/images --config.train.init= --config.data.frames=1
+    sora-jax train --config world_2_autoencoder --workdir runs/images --config.data.frames=1
     sora-jax train --config world_2_autoencoder --workdir runs/autoencoder --config.train.init=runs/images
 
 A latent of world-1's is 16x16 pixels in 32 values. Here the same pixels have 64, and each of them looks at fewer: from

@@ -58,12 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source", metavar="world|FOLDER", help="reconstruction: held-out clips of the world, or a folder of videos"
     )
     parser.add_argument("--shots", metavar="T,T,...", help="stories: frames of each shot, 1 + 4k and 9 or more (9,9)")
-    defaults = ", ".join(f"{name} {n}" for name, (_, n) in SUITES.items())
     parser.add_argument(
         "--autoencoder",
         metavar="MODEL",
         help="reconstruction, ceiling: of this shipped name, model folder or workdir, in place of the model's",
     )
+    defaults = ", ".join(f"{name} {n}" for name, (_, n) in SUITES.items())
     parser.add_argument("--n", type=int, metavar="N", help=f"prompts, or clips ({defaults})")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="which prompts, and the first video's seed (0)"

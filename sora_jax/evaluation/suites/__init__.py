@@ -54,7 +54,8 @@ class Asked:
         def rebuild(clips: Clips) -> Clips:
             pixels = clips.astype(np.float32) / 127.5 - 1.0
             latents = np.concatenate([latent.mean for latent in encode_stream(graphdef, params, pixels)], axis=1)
-            frames = np.concatenate(list(decode_stream(graphdef, params, latents)), axis=1)
+            pieces = decode_stream(graphdef, params, latents.astype(pipe.dtype))
+            frames = np.concatenate([np.asarray(piece, np.float32) for piece in pieces], axis=1)
             return np.round((frames + 1.0) * 127.5).astype(np.uint8)
 
         return rebuild
