@@ -187,7 +187,7 @@ def test_each_mode_has_a_validation_loss_over_the_clips_that_can_have_it():
         only_images = {name: float(value) for name, value in validate(params, packed([[2]])).items()}
     modes = ("first", "rolling", "shots", "outside")
     middles = [f"{(k + 0.5) / 10:.2f}" for k in range(10)]
-    names = {"loss", *(f"loss_{m}" for m in middles), *(f"{mode}_loss" for mode in modes)}
+    names = {"loss", "caption_worth", *(f"loss_{m}" for m in middles), *(f"{mode}_loss" for mode in modes)}
     assert found.keys() == names | {f"{mode}_loss_{m}" for mode in modes for m in middles}
 
     # `first` by hand: of videos of several frames, and of no window, the first frame at 0 and the others at the level.
@@ -209,6 +209,21 @@ def test_each_mode_has_a_validation_loss_over_the_clips_that_can_have_it():
     for k, middle in enumerate(middles):
         assert found[f"first_loss_{middle}"] == pytest.approx(sums[k, 0] / sums[k, 1], rel=1e-4)
     assert found["first_loss"] == pytest.approx(sums[:, 0].sum() / sums[:, 1].sum(), rel=1e-4)
+
+    # What captions are worth: of the second batch alone, whose two rows change theirs; a row alone has no other.
+    assert np.isnan(only_images["caption_worth"])
+    there = rows[1].replace(text_tokens=rows[1].text_tokens[::-1], text_ids=rows[1].text_ids[::-1])
+    sigma = jnp.where(rows[1].group_segment > 0, 0.95, 0.0)
+    nothing = jnp.zeros(sigma.shape, jnp.bool_)
+    table = Levels(sigma, nothing, jnp.zeros(sigma.shape, jnp.int32), rows[1].level_ids)
+    noise = jax.random.normal(jax.random.fold_in(key, 9), rows[1].tokens.shape)
+    right, wrong = (errors(batch, table, noise) for batch in (rows[1], there))
+    windows = np.asarray(rows[1].segment_ids) == [[2], [2]]  # the second clip of the second row
+    windows &= np.array([[False], [True]])
+    counted = np.asarray(right.counted) & ~windows
+    by_hand = np.asarray(wrong.error)[counted].mean() - np.asarray(right.error)[counted].mean()
+    assert found["caption_worth"] == pytest.approx(by_hand, rel=1e-4)
+    assert abs(by_hand) > 1e-3
 
     # Text to video leaves the window out; of images alone there is that and what is outside a rectangle.
     assert np.isfinite([only_images["loss"], only_images["outside_loss"]]).all()

@@ -2,6 +2,8 @@
 
     loss, loss_0.05, ...               text to video, at the middles of ten bands of levels
     first_loss, first_loss_0.05, ...   a mode of `diffusion.levels`, over ten draws of its levels, and in each band
+    caption_worth                      how much worse text to video at the noisiest of the levels gets with the captions
+                                       of the row before: about 0 is a transformer that does not read
 
 Noise, and what of a clip is given, are the same at every validation of every run.
 """
@@ -40,7 +42,7 @@ def make_diffusion_validation(
     modules: DiffusionModules, levels: LevelsConfig, key: Key[Array, ""], dtype: jnp.dtype | type = jnp.float32
 ) -> Validate:
     """`validate(params, rows, kept={})` -> the losses above; those of modes come with how many tokens they are the mean
-    over (`metrics.WEIGHT`), and are NaN where no clip of the rows can have the mode."""
+    over (`metrics.WEIGHT`), and are NaN where no clip can have the mode; so is `caption_worth` of one row."""
     text_to_video = _text_to_video(modules, levels, key, dtype)
     skills = [mode for mode in levels.trained_modes if mode != "uniform"]
     by_mode = _by_mode(modules, levels, skills, key, dtype) if skills else None
@@ -59,11 +61,14 @@ def _text_to_video(modules: DiffusionModules, levels: LevelsConfig, key: Key[Arr
     text alone. The noise of a level is another for each level."""
     _, middles = level_bands(levels)
 
-    def validate(params: Mapping[str, Any], rows: PackedRows, kept: Mapping[str, Any]) -> dict[str, jax.Array]:
+    def validate(params: Mapping[str, Any], own: PackedRows, kept: Mapping[str, Any]) -> dict[str, jax.Array]:
         params = complete(kept, params)
-        used = rows.group_segment > 0
+        used, several = own.group_segment > 0, len(own.tokens) > 1
+        others = {name: jnp.roll(getattr(own, name), 1, axis=0) for name in ("text_tokens", "text_ids")}
 
-        def at(index: jax.Array, level: jax.Array) -> jax.Array:
+        def at(index: jax.Array, level: jax.Array, exchanged: jax.Array) -> jax.Array:
+            """The loss at a level; where `exchanged`, each row reads the captions of the row before it."""
+            rows = own.replace(**{name: jnp.where(exchanged, x, getattr(own, name)) for name, x in others.items()})
             noise = jax.random.normal(jax.random.fold_in(key, index), rows.tokens.shape, jnp.float32)
             mode = jnp.zeros(used.shape, jnp.int32)
             table = Levels(jnp.where(used, level, 0.0), jnp.zeros_like(used), mode, rows.level_ids)
@@ -73,9 +78,14 @@ def _text_to_video(modules: DiffusionModules, levels: LevelsConfig, key: Key[Arr
             whole = fixed_levels(key, levels, index_of(rows), "uniform", 0.0).mode
             return mean_of_counted(errors.error, errors.counted & _has_mode("uniform", whole, rows))
 
-        losses = jax.lax.map(lambda pair: at(*pair), (jnp.arange(len(middles)), jnp.asarray(middles, jnp.float32)))
-        named = {f"loss_{level:.2f}": losses[i] for i, level in enumerate(middles)}
-        return {"loss": jnp.mean(losses), **named}
+        numbers = [*range(BANDS), BANDS - 1]
+        exchanged = jnp.asarray([False] * BANDS + [True])
+        asked = (jnp.asarray(numbers), jnp.asarray([middles[k] for k in numbers], jnp.float32), exchanged)
+        *losses, with_others = jax.lax.map(lambda one: at(*one), asked)
+        named = {f"loss_{level:.2f}": loss for level, loss in zip(middles, losses, strict=True)}
+        worth = with_others - losses[-1] if several else jnp.float32(jnp.nan)
+        named |= {"caption_worth": worth, "caption_worth" + WEIGHT: jnp.float32(several)}
+        return {"loss": jnp.mean(jnp.stack(losses)), **named}
 
     return jax.jit(validate)
 

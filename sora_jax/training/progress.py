@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,6 +53,8 @@ class Progress:
         shown = [f"step {step}/{self._steps}", f"loss {values['loss']:.4f}"]
         if "validation_loss" in values:
             shown.append(f"validation loss {values['validation_loss']:.4f}")
+        if not math.isnan(worth := values.get("validation_caption_worth", math.nan)):
+            shown.append(f"captions worth {worth:.4f}")
         shown += [f"{name} {values[name]:.2f}" for name in ("psnr", "validation_psnr") if name in values]
         shown.append(self._speed(step))
         if values["data_wait"] >= 0.02:
