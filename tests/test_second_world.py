@@ -66,6 +66,14 @@ def test_shares_are_shares():
         Mix(lit=1.5)
 
 
+def test_what_fits_in_no_shot_says_what_would():
+    mix = {"single": 0, "pair": 0, "collision": 0, "occluder": 0, "pan": 0, "passing": 1, "trio": 1}
+    with pytest.raises(UserError, match="passing shot .* 3 frames of 64x64 .* passing=0"):
+        world.sample_scenes(0, 20, frames=3, mix=Mix(**mix))
+    scenes = world.sample_scenes(0, 20, frames=3, mix=Mix(**mix | {"passing": 0}))
+    assert {scene.shot.kind for scene in scenes} == {"trio"}
+
+
 @pytest.mark.parametrize(
     "size", [(17, 128, 128), (17, 96, 96), (17, 96, 144), (17, 144, 96), (49, 72, 128), (1, 96, 96)], ids=str
 )

@@ -305,7 +305,10 @@ def _draw_shot(
         shot = _shot(rng, plan, frames, height, width, mix, avoid)
         if shot is not None:
             return shot
-    raise UserError(f"no {kind} shot of this mix fits in {height}x{width} pixels: give a larger size or another mix")
+    raise UserError(
+        f"no {kind} shot of this mix fits in {frames} frames of {height}x{width} pixels: give more frames, a larger "
+        f"size or a mix with {kind}=0"
+    )
 
 
 def _draw_story(
