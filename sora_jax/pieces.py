@@ -16,18 +16,17 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from sora_jax import runtime
 from sora_jax.canvas import Layout
+from sora_jax.codec import Codec
 from sora_jax.diffusion.guidance import Velocity, classifier_free_guidance
 from sora_jax.errors import UserError, nearest
 from sora_jax.experts import Experts, on_devices
 from sora_jax.load import LiveAdapters
-from sora_jax.models.autoencoder import Autoencoder, decode_stream, encode_stream
 from sora_jax.models.structure import structure_of
 from sora_jax.models.text_encoder import TextEncoder
 from sora_jax.models.transformer import Transformer, model_time
 from sora_jax.record import check_seed
 from sora_jax.settings import real
 from sora_jax.shapes import Condition
-from sora_jax.sharding import gather
 from sora_jax.weights.layout import ModelFolder, Progress
 from sora_jax.weights.lora import check_weight
 
@@ -58,7 +57,7 @@ class Pieces:
         self.patch = folder.transformer_config.patch
         self._transformer = structure_of(lambda rngs: Transformer(folder.transformer_config, rngs=rngs))
         self._text_encoder = structure_of(lambda rngs: TextEncoder(folder.text_encoder_config, rngs=rngs))
-        self._autoencoder = structure_of(lambda rngs: Autoencoder(folder.autoencoder_config, rngs=rngs))
+        self._codec = Codec(folder.autoencoder_config, folder.autoencoder, self.dtype, mesh)
         # One function object each for the life of the pipeline: compiled programs are kept by them.
         self.velocity: Velocity = _make_velocity(self._transformer, self.dtype, whole_times=False)
         whole = _make_velocity(self._transformer, self.dtype, whole_times=True)
@@ -130,12 +129,7 @@ class Pieces:
 
     def encode(self, video: UInt8[np.ndarray, "B T H W 3"]) -> Float[np.ndarray, "B F h w C"]:
         """Normalised latents of videos (their posterior's mean), float32; streamed, so memory is flat in T."""
-        pixels = video.astype(np.float32) / 127.5 - 1.0
-        stream = encode_stream(self._autoencoder, on_devices(self.folder.autoencoder, self.mesh), pixels)
-        latents = np.concatenate([gather(posterior.mean) for posterior in stream], axis=1)
-        return np.asarray(
-            nnx.merge(self._autoencoder, self.folder.autoencoder).normalize(jnp.asarray(latents)), np.float32
-        )
+        return self._codec.encode(video)
 
     def decode(
         self,
@@ -144,15 +138,13 @@ class Pieces:
         progress: Progress | None = None,
     ) -> UInt8[np.ndarray, "B T H W 3"] | Float[np.ndarray, "B T H W 3"]:
         """Frames of normalised latents; streamed latent by latent, so memory on the device is flat in duration."""
-        raw = nnx.merge(self._autoencoder, self.folder.autoencoder).denormalize(jnp.asarray(latents))
-        pieces = []
-        params = on_devices(self.folder.autoencoder, self.mesh)
-        for done, piece in enumerate(decode_stream(self._autoencoder, params, raw.astype(self.dtype))):
-            unit = np.clip((gather(piece).astype(np.float32) + 1.0) / 2.0, 0.0, 1.0)
-            pieces.append(np.round(unit * 255.0).astype(np.uint8) if output == "uint8" else unit)
+        latent_frames = latents.shape[1]
+
+        def done(frames: int) -> None:
             if progress is not None:
-                progress("decode", done + 1, raw.shape[1])
-        return np.concatenate(pieces, axis=1)
+                progress("decode", frames, latent_frames)
+
+        return self._codec.decode(latents, output, done)
 
     def noise(self, seed: int, shape: tuple[int, ...]) -> Float[np.ndarray, "F h w C"]:
         """The noise that `seed` draws for latents of `shape`: the same on any device and in any batch."""

@@ -14,9 +14,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sora_jax.canvas import Canvas
+from sora_jax.codec import Codec
 from sora_jax.data.world import Mix
-from sora_jax.models.autoencoder import Autoencoder, decode_stream, encode_stream
-from sora_jax.models.structure import structure_of
 from sora_jax.pipeline import Pipeline
 from sora_jax.shapes import Extent
 from sora_jax.training.pretrained import load_autoencoder
@@ -46,19 +45,8 @@ class Asked:
 
     def there_and_back(self, pipe: Pipeline) -> Callable[[Clips], Clips]:
         """Clips through the autoencoder that was named, else through the model's."""
-        if self.autoencoder is None:
-            return lambda clips: pipe.decode(pipe.encode(clips))
-        config, params = load_autoencoder(self.autoencoder)
-        graphdef = structure_of(lambda rngs: Autoencoder(config, rngs=rngs))
-
-        def rebuild(clips: Clips) -> Clips:
-            pixels = clips.astype(np.float32) / 127.5 - 1.0
-            latents = np.concatenate([latent.mean for latent in encode_stream(graphdef, params, pixels)], axis=1)
-            pieces = decode_stream(graphdef, params, latents.astype(pipe.dtype))
-            frames = np.concatenate([np.asarray(piece, np.float32) for piece in pieces], axis=1)
-            return np.round((frames + 1.0) * 127.5).astype(np.uint8)
-
-        return rebuild
+        codec = Codec(*load_autoencoder(self.autoencoder), pipe.dtype) if self.autoencoder else pipe
+        return lambda clips: codec.decode(codec.encode(clips))
 
     def make(self, pipe: Pipeline, drawn: Sequence[Canvas], seeds: Sequence[int]) -> np.ndarray:
         """Clips uint8 [b, T, H, W, 3] of canvases of one layout."""
