@@ -26,6 +26,7 @@ from sora_jax.errors import UserError
 from sora_jax.media import read_media, write_media
 from sora_jax.models.autoencoder import Autoencoder
 from sora_jax.models.structure import structure_of
+from sora_jax.models.text_encoder import TextEncoder
 from sora_jax.record import Record
 from sora_jax.training.checkpoint import Checkpoints
 from sora_jax.training.clip_batches import ClipBatches, clip_source
@@ -336,6 +337,12 @@ def test_a_text_encoder_learns_to_read_and_a_diffusion_run_starts_from_it(diffus
     first, *_, last = lines(tmp_path / "text")
     assert last["loss"] < 0.8 * first["loss"]
     assert last["validation_accuracy"] > 0.5
+    run = load_run(tmp_path / "text")
+    encoder = nnx.merge(
+        structure_of(lambda rngs: TextEncoder(run.config.text_encoder, rngs=rngs)), run.params["text_encoder"]
+    )
+    size = np.sqrt(np.square(encoder(jnp.arange(3, 35)[None], jnp.ones((1, 32), jnp.int32))).mean(axis=-1))
+    np.testing.assert_allclose(size, 0.25, rtol=1e-3, err_msg="embeddings whisper, however long they are trained")
     with pytest.raises(UserError, match="has trained reader and text_encoder alone|text_encoder and reader alone"):
         model_of_run(epath.Path(tmp_path / "text"))
 
@@ -344,7 +351,7 @@ def test_a_text_encoder_learns_to_read_and_a_diffusion_run_starts_from_it(diffus
     frozen += [f"train.init={tmp_path / 'text'}"]
     train(override(diffusion_config, frozen), tmp_path / "video", say=said.append)
     assert f"starting from text_encoder of {tmp_path / 'text'}" in said
-    read, started = load_run(tmp_path / "text").params, load_run(tmp_path / "video").params
+    read, started = run.params, load_run(tmp_path / "video").params
     assert_equal(started["text_encoder"], read["text_encoder"])
 
     alone = [*frozen, "train.learns=transformer", "train.anew=True"]
