@@ -4,7 +4,7 @@ Source: as configs/world.py, on more of the procedural world (docs/world.md, "Th
 
     sora-jax data preview world --config world_2 --sheet world-2.png
     sora-jax train --config world_2_autoencoder --workdir runs/autoencoder
-    sora-jax train --config world_2_text --workdir runs/text
+    sora-jax train --config world_2_text --workdir runs/text --config.train.init=world-1
     sora-jax train --config world_2 --workdir runs/world_2 --config.train.init=runs/text \
         --config.data.autoencoder=runs/autoencoder
 
