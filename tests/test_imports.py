@@ -24,6 +24,7 @@ LAYERS = [
     {"settings", "video"},
     {"training"},
     {"experts", "load"},
+    {"codec"},
     {"pieces"},
     {"pipeline"},
     {"evaluation"},

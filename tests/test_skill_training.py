@@ -20,6 +20,7 @@ from sora_jax.models.transformer import Transformer
 from sora_jax.tokens.packing import Clip, PackedRows, ShotSize, fill_rows
 from sora_jax.training.diffusion_step import DiffusionModules, TokenErrors, diffusion_errors, given_tokens, index_of
 from sora_jax.training.diffusion_validation import make_diffusion_validation
+from sora_jax.training.metrics import WEIGHT
 from sora_jax.training.stage import mean_over
 
 
@@ -238,5 +239,7 @@ def test_each_mode_has_a_validation_loss_over_the_clips_that_can_have_it():
 def test_what_is_trained_alone_is_validated_as_it_was():
     modules, params = network(1)
     found = make_diffusion_validation(modules, only(uniform=1.0), jax.random.key(0))(params, ROW)
-    assert len(found) == 11
-    assert float(found["loss"]) == pytest.approx(np.mean([float(v) for n, v in found.items() if n != "loss"]), rel=1e-6)
+    levels = [float(value) for name, value in found.items() if name.startswith("loss_")]
+    assert len(levels) == 10
+    assert {name for name in found if not name.startswith("loss")} == {"caption_worth", "caption_worth" + WEIGHT}
+    assert float(found["loss"]) == pytest.approx(np.mean(levels), rel=1e-6)
