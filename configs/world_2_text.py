@@ -6,8 +6,8 @@ The same byte-level UMT5 of 0.6 M parameters, which goes on from world-1's; 29 q
 and what they are to, what is in front, meetings, the camera, light, textures and characters who stay
 (sora_jax/data/world/questions.py). `world_2` starts from it.
 
-Cost: 14 min on one core of an EPYC. Expected: 85 % of questions right after 200 steps, 96 % after 600, 98.7 % at the
-end, where 76 % of held-out captions have every answer right. At a rate of 8e-3 it stays near 81 % (docs/world.md).
+Cost: 14 min on one core of an EPYC. Expected: 86 % of questions right after 200 steps, 95 % after 600, 98.3 % at the
+end, where 69 % of held-out captions have every answer right. At a rate of 8e-3 it stays near 81 % (docs/world.md).
 """
 
 import ml_collections

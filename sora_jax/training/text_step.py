@@ -29,8 +29,8 @@ from sora_jax.training.accumulation import accumulated
 from sora_jax.training.state import TrainState, apply_gradients
 
 # The root mean square of what is handed to a transformer, held by the scale of the encoder's last norm. One that is
-# shouted at learns to close its ears before it learns to read: at 1.6, where questions alone take it, captions are
-# worth .05 of its loss at level .95 after 2,880 steps, and .30 at .44 (docs/world.md, "Quietly, or it does not read").
+# shouted at learns to close its ears before it learns to read: questions alone take it to 1.6, where captions are worth
+# .05 of the loss at level .95 after 2,880 steps; at .25 and .44 they are worth .11 to .30 (docs/world.md, "Quietly").
 EMBEDDING_RMS = 0.25
 
 
