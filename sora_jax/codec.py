@@ -1,6 +1,8 @@
 """Videos to latents and back: an autoencoder with its parameters, streamed, so that memory does not grow with duration.
 
 uint8 frames ── encode ──► normalised latents ── decode ──► frames
+
+The parameters may lie on the host; they are on the devices for as long as a call takes.
 """
 
 from __future__ import annotations
@@ -37,17 +39,17 @@ class Codec:
         self,
         latents: Float[np.ndarray, "B F h w C"] | Float[Array, "B F h w C"],
         output: str = "uint8",
-        done: Callable[[int], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> UInt8[np.ndarray, "B T H W 3"] | Float[np.ndarray, "B T H W 3"]:
-        """Frames of normalised latents, in [0, 255], or as float32 in [0, 1] where `output` is not "uint8"; `done` is
-        told how many latents are decoded."""
+        """Frames of normalised latents, in [0, 255], or as float32 in [0, 1] where `output` is not "uint8"; `progress`
+        is told how many latents are decoded, and of how many."""
         raw = self._whole().denormalize(jnp.asarray(latents)).astype(self._dtype)
         pieces: list[np.ndarray] = []
         for piece in decode_stream(self._structure, on_devices(self._params, self._mesh), raw):
             unit = np.clip((gather(piece).astype(np.float32) + 1.0) / 2.0, 0.0, 1.0)
             pieces.append(np.round(unit * 255.0).astype(np.uint8) if output == "uint8" else unit)
-            if done is not None:
-                done(len(pieces))
+            if progress is not None:
+                progress(len(pieces), raw.shape[1])
         return np.concatenate(pieces, axis=1)
 
     def _whole(self) -> Autoencoder:

@@ -138,13 +138,7 @@ class Pieces:
         progress: Progress | None = None,
     ) -> UInt8[np.ndarray, "B T H W 3"] | Float[np.ndarray, "B T H W 3"]:
         """Frames of normalised latents; streamed latent by latent, so memory on the device is flat in duration."""
-        latent_frames = latents.shape[1]
-
-        def done(frames: int) -> None:
-            if progress is not None:
-                progress("decode", frames, latent_frames)
-
-        return self._codec.decode(latents, output, done)
+        return self._codec.decode(latents, output, progress and functools.partial(progress, "decode"))
 
     def noise(self, seed: int, shape: tuple[int, ...]) -> Float[np.ndarray, "F h w C"]:
         """The noise that `seed` draws for latents of `shape`: the same on any device and in any batch."""

@@ -219,8 +219,7 @@ def test_each_mode_has_a_validation_loss_over_the_clips_that_can_have_it():
     table = Levels(sigma, nothing, jnp.zeros(sigma.shape, jnp.int32), rows[1].level_ids)
     noise = jax.random.normal(jax.random.fold_in(key, 9), rows[1].tokens.shape)
     right, wrong = (errors(batch, table, noise) for batch in (rows[1], there))
-    windows = np.asarray(rows[1].segment_ids) == [[2], [2]]  # the second clip of the second row
-    windows &= np.array([[False], [True]])
+    windows = (np.asarray(rows[1].segment_ids) == 2) & [[False], [True]]  # the second clip of the second row
     counted = np.asarray(right.counted) & ~windows
     by_hand = np.asarray(wrong.error)[counted].mean() - np.asarray(right.error)[counted].mean()
     assert found["caption_worth"] == pytest.approx(by_hand, rel=1e-4)

@@ -78,14 +78,15 @@ def _text_to_video(modules: DiffusionModules, levels: LevelsConfig, key: Key[Arr
             whole = fixed_levels(key, levels, index_of(rows), "uniform", 0.0).mode
             return mean_of_counted(errors.error, errors.counted & _has_mode("uniform", whole, rows))
 
-        numbers = [*range(BANDS), BANDS - 1]
-        exchanged = jnp.asarray([False] * BANDS + [True])
+        numbers = [*range(BANDS), *[BANDS - 1] * several]
+        exchanged = jnp.arange(len(numbers)) >= BANDS
         asked = (jnp.asarray(numbers), jnp.asarray([middles[k] for k in numbers], jnp.float32), exchanged)
-        *losses, with_others = jax.lax.map(lambda one: at(*one), asked)
+        found = jax.lax.map(lambda one: at(*one), asked)
+        losses = found[:BANDS]
         named = {f"loss_{level:.2f}": loss for level, loss in zip(middles, losses, strict=True)}
-        worth = with_others - losses[-1] if several else jnp.float32(jnp.nan)
+        worth = found[-1] - losses[-1] if several else jnp.float32(jnp.nan)
         named |= {"caption_worth": worth, "caption_worth" + WEIGHT: jnp.float32(several)}
-        return {"loss": jnp.mean(jnp.stack(losses)), **named}
+        return {"loss": jnp.mean(losses), **named}
 
     return jax.jit(validate)
 

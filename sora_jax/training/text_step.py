@@ -88,8 +88,7 @@ def reading_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean cross-entropy over captions and questions, in nats, and {"accuracy", "all"}: the share of right answers, and
     of captions with every answer right."""
-    encoder = nnx.merge(modules.text_encoder, params["text_encoder"])
-    encoder.norm.scale[...] = jnp.full_like(encoder.norm.scale[...], EMBEDDING_RMS)  # as `_held` leaves it
+    encoder = nnx.merge(modules.text_encoder, _held(params)["text_encoder"])
     encoded = encoder(captions.text_tokens, captions.text_ids, dtype=dtype)
     scores = nnx.merge(modules.reader, params["reader"])(encoded, captions.text_ids)
     answers = [captions.answers[:, i] for i in range(len(scores))]
