@@ -32,6 +32,7 @@ from sora_jax.models.text_encoder import TextEncoderConfig
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.training.autoencoder_step import AutoencoderLossConfig
 from sora_jax.training.optimizer import OptimizerConfig
+from sora_jax.training.text_step import ReadingConfig
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class TrainConfig:
     init: str = ""  # a model to start from: a shipped name, a folder or URL, a hub name, or another workdir
     text_init: str = ""  # a model or run whose text encoder is taken in place of that of `init` (diffusion stage)
     deepen: bool = False  # let `init` have fewer layers: blocks that pass their input on are put between its own
+    other_latents: bool = False  # let `init` have learned on others: what reads and writes them begins anew
     learns: Literal["all", "transformer", "lora"] = "all"  # in the diffusion stage; what does not is kept as in `init`
     anew: bool = False  # let the transformer that learns start from nothing: `init` gives the text encoder alone
     expert: Literal["", "high", "low"] = ""  # which learns, where `init` has one for high noise and one for low
@@ -123,6 +125,11 @@ class TrainConfig:
         if self.deepen and (self.learns != "all" or not self.init):
             raise UserError(
                 "train.deepen makes the model of train.init deeper, and all of it learns then: name a model"
+            )
+        if self.other_latents and (self.stage != "diffusion" or not self.init or self.anew or self.learns == "lora"):
+            raise UserError(
+                "train.other_latents keeps the blocks of the transformer of train.init for other latents: name a "
+                "model, and let its transformer learn (train.learns=all or transformer, without train.anew)"
             )
         if self.anew and (self.learns != "transformer" or self.expert):
             raise UserError(
@@ -163,6 +170,7 @@ class Config:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reconstruction: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
+    reading: ReadingConfig = field(default_factory=ReadingConfig)
     levels: LevelsConfig = field(default_factory=LevelsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -28,7 +28,7 @@ from sora_jax.training.autoencoder_step import MODULE, AutoencoderLossConfig, ma
 from sora_jax.training.diffusion_step import DiffusionModules, make_diffusion_step
 from sora_jax.training.loop import place
 from sora_jax.training.state import TrainState, make_init, state_shardings
-from sora_jax.training.text_step import Captions, Reader, TextModules, make_text_step
+from sora_jax.training.text_step import Anchor, Captions, Reader, TextModules, make_text_step
 
 ROWS = 8
 TEXT = TextEncoderConfig(vocab_size=384, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
@@ -88,6 +88,12 @@ def text() -> tuple[MakeStep, dict[str, nnx.State], Any]:
     return partial(make_text_step, modules, KEEPS), {name: random(one) for name, one in make.items()}, captions
 
 
+def anchored() -> tuple[MakeStep, dict[str, nnx.State], Any]:
+    make_step, params, captions = text()
+    moved = jax.tree.map(lambda leaf: leaf + 0.3 * jnp.cos(leaf), params["text_encoder"])
+    return partial(make_step, anchor=Anchor(moved, 0.7)), params, captions
+
+
 def autoencoder() -> tuple[MakeStep, dict[str, nnx.State], Any]:
     def make(rngs: nnx.Rngs) -> nnx.Module:
         return Autoencoder(AUTOENCODER, rngs=rngs)
@@ -98,7 +104,7 @@ def autoencoder() -> tuple[MakeStep, dict[str, nnx.State], Any]:
     return step, {MODULE: random(make)}, clips
 
 
-STAGES = {"diffusion": diffusion, "text": text, "autoencoder": autoencoder}
+STAGES = {"diffusion": diffusion, "text": text, "anchored": anchored, "autoencoder": autoencoder}
 
 
 def one_step(stage: str, passes: int, mesh_sizes: dict[str, int] | None = None) -> tuple[dict, dict[str, float], str]:
@@ -131,14 +137,15 @@ def assert_same(
 
 
 @pytest.mark.parametrize(
-    "stage", ["text", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("diffusion", "autoencoder"))]
+    "stage",
+    ["text", "anchored", *(pytest.param(name, marks=pytest.mark.slow) for name in ("diffusion", "autoencoder"))],
 )
 def test_four_passes_are_one_step(stage: str):
     assert_same(one_step(stage, 4), one_step(stage, 1))
 
 
 @pytest.mark.pods
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["diffusion", "text", "autoencoder"])
 def test_on_several_devices_each_pass_uses_all_of_them(stage: str):
     """Two of the eight rows a pass, on two devices one each; of the text stage's rows of 12 places e.g. s32[1,12]."""
     found = one_step(stage, 4, {"fsdp": 2})

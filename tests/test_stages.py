@@ -375,6 +375,18 @@ def test_a_text_encoder_learns_to_read_and_a_diffusion_run_starts_from_it(diffus
     assert_equal(joined["transformer"], started["transformer"])
     assert_equal(joined["text_encoder"], load_run(tmp_path / "other").params["text_encoder"])
 
+    # blocks go on with tokens of another kind, where that is asked for
+    patches = [*frozen[:-1], f"train.init={tmp_path / 'video'}", "transformer.patch=(1,2,2)"]
+    with pytest.raises(UserError, match=r"transformer\.(patch_embed|head)\..* has shape .* and this config makes"):
+        train(override(diffusion_config, patches), tmp_path / "wrong", say=lambda line: None)
+    train(override(diffusion_config, [*patches, "train.other_latents=True"]), tmp_path / "patches", say=said.append)
+    assert said.count("starting anew, in other shapes than its: transformer.patch_embed, transformer.head") == 1
+    moved = load_run(tmp_path / "patches").params
+    assert moved["transformer"]["patch_embed"]["kernel"].shape == (4 * 8, 8)
+    for part in started["transformer"].keys() - {"patch_embed", "head"}:
+        assert_equal(moved["transformer"][part], started["transformer"][part])
+    assert_equal(moved["text_encoder"], started["text_encoder"])
+
 
 def assert_equal(a: Any, b: Any) -> None:
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):

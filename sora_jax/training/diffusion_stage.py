@@ -129,7 +129,13 @@ def diffusion_stage(context: Context) -> Stage:
         validate=validate,
         sample=sample,
         kept=tuple(kept),
+        may_start_anew=parts_begun_anew(config),
     )
+
+
+def parts_begun_anew(config: Config) -> tuple[str, ...]:
+    """What of the transformer may have other shapes in `train.init`: what has to do with the values of a token."""
+    return ("patch_embed", "head") if config.train.other_latents else ()
 
 
 def open_latents(config: Config, folder: epath.PathLike) -> LatentSource:
@@ -184,7 +190,8 @@ def make_latents(context: Context) -> epath.Path:
     if isinstance(source, WorldClips):  # those of a folder may all be shorter than they could be
         _refuse_large_clips(context.config, source, config.stride)
     if not (context.workdir / "config.json").exists():  # a run that has begun has what it started from
-        load_start(context.config, abstract_modules(context.config), context.mesh, say=lambda line: None)
+        modules, may_differ = abstract_modules(context.config), parts_begun_anew(context.config)
+        load_start(context.config, modules, context.mesh, may_differ=may_differ, say=lambda line: None)
     encode_clips(
         source,
         config,

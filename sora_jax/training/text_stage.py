@@ -11,11 +11,13 @@ from flax import nnx
 from sora_jax import sharding
 from sora_jax.data.world.questions import answer_counts
 from sora_jax.errors import UserError
-from sora_jax.models.structure import parameters_of, structure_of
+from sora_jax.models.structure import parameters_of, shapes_of, structure_of
 from sora_jax.models.text_encoder import TextEncoder
 from sora_jax.training.numbered_batches import NumberedBatches
+from sora_jax.training.pretrained import load_modules
 from sora_jax.training.stage import Context, Stage, mean_over
 from sora_jax.training.text_step import (
+    Anchor,
     Captions,
     Reader,
     TextModules,
@@ -59,6 +61,14 @@ def text_stage(context: Context) -> Stage:
             "reader": parameters_of(Reader(config.text_encoder.d_model, counts, rngs=nnx.Rngs(params=keys[1]))),
         }
 
+    anchor = None
+    if config.reading.anchor:
+        if not config.train.init:
+            raise UserError("reading.anchor holds embeddings near those of another text encoder: name it in train.init")
+        shapes = {"text_encoder": shapes_of(lambda rngs: TextEncoder(config.text_encoder, rngs=rngs))}
+        there = load_modules(config.train.init, shapes, context.mesh).params
+        anchor = Anchor(there["text_encoder"], config.reading.anchor)
+
     validate = None
     if data.held_out:
         rows = config.train.batch_size
@@ -72,7 +82,7 @@ def text_stage(context: Context) -> Stage:
 
         @jax.jit
         def read(params: Any, captions: Captions) -> dict[str, jax.Array]:
-            loss, shares = reading_loss(modules, params, captions, context.dtype)
+            loss, shares = reading_loss(modules, params, captions, anchor=anchor, dtype=context.dtype)
             return {"loss": loss, **shares}
 
         validate = mean_over(read, placed)
@@ -84,6 +94,7 @@ def text_stage(context: Context) -> Stage:
         ema_decay=config.train.ema,
         dtype=context.dtype,
         accumulate=config.train.accumulate,
+        anchor=anchor,
     )
     return Stage(
         make_params=make_params,

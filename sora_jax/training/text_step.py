@@ -10,6 +10,7 @@ clips colours and objects are mixed up. The answers come with every caption of t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from sora_jax.data.world.questions import captions_with_answers
 from sora_jax.data.world.scene import Mix
+from sora_jax.errors import UserError
 from sora_jax.models.layers import Linear
 from sora_jax.models.tokenizer import ByteTokenizer
 from sora_jax.tokens.packing import AnyArray
@@ -32,6 +34,27 @@ from sora_jax.training.state import TrainState, apply_gradients
 # shouted at learns to close its ears before it learns to read: questions alone take it to 1.6, where captions are worth
 # .05 of the loss at level .95 after 2,880 steps; at .25 and .44 they are worth .11 to .30 (docs/world.md, "Quietly").
 EMBEDDING_RMS = 0.25
+
+
+@dataclass(frozen=True)
+class ReadingConfig:
+    """The text stage."""
+
+    # Weight of how far embeddings go from those of the text encoder in train.init, as a share of their mean square: a
+    # transformer that listens to that one understands what has learned new words, too. 0: they go where questions take
+    # them, at a size that is held (`EMBEDDING_RMS`).
+    anchor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.anchor < 0:
+            raise UserError(f"reading.anchor must be >= 0, not {self.anchor}")
+
+
+class Anchor(NamedTuple):
+    """The text encoder that embeddings stay near, and how much that weighs (`ReadingConfig.anchor`)."""
+
+    text_encoder: nnx.State
+    weight: float
 
 
 class Captions(NamedTuple):
@@ -84,17 +107,34 @@ class TextModules(NamedTuple):
 
 
 def reading_loss(
-    modules: TextModules, params: Mapping[str, Any], captions: Captions, dtype: jnp.dtype | type = jnp.float32
+    modules: TextModules,
+    params: Mapping[str, Any],
+    captions: Captions,
+    *,
+    anchor: Anchor | None = None,
+    dtype: jnp.dtype | type = jnp.float32,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Mean cross-entropy over captions and questions, in nats, and {"accuracy", "all"}: the share of right answers, and
-    of captions with every answer right."""
-    encoder = nnx.merge(modules.text_encoder, _held(params)["text_encoder"])
-    encoded = encoder(captions.text_tokens, captions.text_ids, dtype=dtype)
+    """What is learned: mean cross-entropy over captions and questions, in nats, and how far embeddings have moved from
+    their anchor, times its weight.
+
+    And {"accuracy", "all"}, the share of right answers, and of captions with every answer right; with an anchor
+    "moved", too: the squared distance of a caption's embeddings as a share of their square there, mean over captions.
+    """
+    params = _held(params) if anchor is None else params
+    encoded = nnx.merge(modules.text_encoder, params["text_encoder"])(*captions[:2], dtype=dtype)
     scores = nnx.merge(modules.reader, params["reader"])(encoded, captions.text_ids)
     answers = [captions.answers[:, i] for i in range(len(scores))]
     losses = [optax.softmax_cross_entropy_with_integer_labels(s, a) for s, a in zip(scores, answers, strict=True)]
     right = jnp.stack([jnp.argmax(s, axis=-1) == a for s, a in zip(scores, answers, strict=True)])
-    return jnp.mean(jnp.stack(losses)), {"accuracy": jnp.mean(right), "all": jnp.mean(jnp.all(right, axis=0))}
+    loss = jnp.mean(jnp.stack(losses))
+    shares = {"accuracy": jnp.mean(right), "all": jnp.mean(jnp.all(right, axis=0))}
+    if anchor is not None:
+        before = nnx.merge(modules.text_encoder, anchor.text_encoder)(*captions[:2], dtype=dtype)
+        used = (captions.text_ids > 0)[..., None]
+        moved = jnp.sum(used * (encoded - before) ** 2, axis=(1, 2))
+        shares["moved"] = jnp.mean(moved / jnp.sum(used * before**2, axis=(1, 2)))
+        loss += anchor.weight * shares["moved"]
+    return loss, shares
 
 
 def make_text_step(
@@ -106,19 +146,22 @@ def make_text_step(
     ema_decay: float = 0.999,
     dtype: jnp.dtype | type = jnp.float32,
     accumulate: int = 1,
+    anchor: Anchor | None = None,
 ) -> Callable[[TrainState, Captions], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """`step(state, captions) -> (state, metrics)`, jitted, with `state` donated; in `accumulate` passes."""
 
     def share(params: Any, captions: Captions) -> tuple[jax.Array, dict[str, jax.Array]]:
         # Means over captions, of which each pass has as many: their mean is that of the batch.
-        return jax.tree.map(lambda mean: mean / accumulate, reading_loss(modules, params, captions, dtype))
+        means = reading_loss(modules, params, captions, anchor=anchor, dtype=dtype)
+        return jax.tree.map(lambda mean: mean / accumulate, means)
 
     def step(state: TrainState, captions: Captions) -> tuple[TrainState, dict[str, jax.Array]]:
         (loss, shares), grads = accumulated(share, state.params, captions, accumulate)
         state, metrics = apply_gradients(
             state, grads, loss, optimizer, clip_norm=clip_norm, spike_sigmas=spike_sigmas, ema_decay=ema_decay
         )
-        state = state.replace(params=_held(state.params), ema=_held(state.ema))
+        if anchor is None:
+            state = state.replace(params=_held(state.params), ema=_held(state.ema))
         return state, {"loss": loss, **shares, **metrics}
 
     return jax.jit(step, donate_argnums=0)
