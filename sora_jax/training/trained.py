@@ -16,7 +16,7 @@ from sora_jax.data.world.words import world_prompts, world_words
 from sora_jax.errors import UserError
 from sora_jax.models.autoencoder import AutoencoderConfig
 from sora_jax.models.structure import shapes_of
-from sora_jax.models.tokenizer import ByteTokenizer, Tokenizer
+from sora_jax.models.tokenizer import ByteTokenizer
 from sora_jax.models.transformer import TransformerConfig
 from sora_jax.training.adapters import ADAPTERS, merge_adapters, networks
 from sora_jax.training.encoding import autoencoder_hash
@@ -28,7 +28,6 @@ from sora_jax.training.pretrained import (
     load_autoencoder,
     load_modules,
     load_run,
-    tokenizer_of,
     workdir_of,
 )
 from sora_jax.weights.defaults import SamplingDefaults, SchedulerDefaults
@@ -53,19 +52,16 @@ def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None, autoencoder: 
                 f"{autoencoder} makes other latents than {config.data.autoencoder}, which {workdir} was trained on; "
                 "give one whose decoder alone was trained since (reconstruction.train_encoder=False)"
             )
-    if config.train.learns != "all" and not config.train.anew:
+    reader = config.train.anew and _is_of_the_text_stage(config.train.init)
+    if config.train.learns != "all" and not reader:
         return _tuned(run, mesh, workdir, autoencoder_config, autoencoder_params)
     facts = facts_of_run(config, run.step, workdir)
-    tokenizer: Tokenizer = ByteTokenizer()
-    if config.train.anew:  # beside a text encoder that was kept
+    if reader:
         facts = {"tuned from": config.train.init, **facts}
         shapes = {"text_encoder": shapes_of(networks(config)["text_encoder"])}
         text_encoder = load_modules(config.train.init, shapes, mesh).params["text_encoder"]
-        tokenizer = tokenizer_of(config.train.init)
     else:
         text_encoder = run.params["text_encoder"]
-    if isinstance(tokenizer, ByteTokenizer):  # sampling gives every prompt as many places as training rows had text
-        tokenizer = ByteTokenizer(max_length=config.data.row_text)
     return ModelFolder(
         transformer_config=config.transformer,
         transformer=run.params["transformer"],
@@ -73,11 +69,18 @@ def model_of_run(workdir: epath.Path, *, mesh: Mesh | None = None, autoencoder: 
         autoencoder=autoencoder_params,
         text_encoder_config=config.text_encoder,
         text_encoder=text_encoder,
-        tokenizer=tokenizer,
+        # Sampling gives every prompt as many places as training rows had text.
+        tokenizer=ByteTokenizer(max_length=config.data.row_text),
         scheduler=SchedulerDefaults(config.sample.solver, config.sample.shift),
         defaults=SamplingDefaults(**_sampling(config), version=f"{workdir.name}-{run.step}", card=facts),
         path=workdir,
     )
+
+
+def _is_of_the_text_stage(name: str) -> bool:
+    """Whether `name` is a run that has learned to read, which is no model."""
+    path = find_pretrained(name)
+    return is_workdir(path) and configs.from_json((path / "config.json").read_text()).train.stage == "text"
 
 
 def _config_of(workdir: epath.Path) -> Config:
@@ -120,7 +123,10 @@ def _tuned(
         facts.pop(of_base, None)
     tuned: dict[str, Any] = {place: transformer}
     defaults = model.defaults
-    if is_workdir(base):  # a run samples as its config says, an open model as its folder does
+    if config.train.anew:  # of that model there is the text encoder alone
+        tuned["transformer_config"] = config.transformer
+        defaults = SamplingDefaults()
+    if config.train.anew or is_workdir(base):  # a run samples as its config says, an open model as its folder does
         tuned["scheduler"] = SchedulerDefaults(config.sample.solver, config.sample.shift)
         defaults = dataclasses.replace(defaults, **_sampling(config))
     return dataclasses.replace(
