@@ -48,10 +48,15 @@ def encoded(encoder: nnx.State, captions: Captions) -> list[np.ndarray]:
     return [row[ids > 0] for row, ids in zip(np.asarray(found), np.asarray(captions.text_ids), strict=True)]
 
 
+def how_far(encoder: nnx.State, there: nnx.State, captions: Captions) -> float:
+    """By how much of their square the embeddings of a caption differ, mean over captions."""
+    pairs = zip(encoded(encoder, captions), encoded(there, captions), strict=True)
+    return float(np.mean([np.square(now - before).sum() / np.square(before).sum() for now, before in pairs]))
+
+
 def test_an_anchor_adds_how_far_embeddings_have_moved(captions: Captions):
     ours, there = params(0), params(1)["text_encoder"]
-    pairs = zip(encoded(ours["text_encoder"], captions), encoded(there, captions), strict=True)
-    moved = np.mean([np.square(now - before).sum() / np.square(before).sum() for now, before in pairs])
+    moved = how_far(ours["text_encoder"], there, captions)
     free, _ = reading_loss(MODULES, ours, captions, anchor=Anchor(there, 0.0))
     loss, shares = reading_loss(MODULES, ours, captions, anchor=Anchor(there, 0.3))
     assert float(shares["moved"]) == pytest.approx(moved, rel=1e-5)
@@ -70,9 +75,7 @@ def test_what_is_anchored_learns_near_where_it_began(captions: Captions, anchor:
     for _ in range(60):
         state, metrics = step(state, captions)
         losses.append(float(metrics["loss"]))
-    pairs = zip(encoded(state.params["text_encoder"], captions), encoded(there, captions), strict=True)
-    moved = np.mean([np.square(now - before).sum() / np.square(before).sum() for now, before in pairs])
-    assert low < moved < high
+    assert low < how_far(state.params["text_encoder"], there, captions) < high
     assert losses[-1] < 0.8 * losses[0]
 
 
