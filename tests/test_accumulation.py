@@ -91,7 +91,7 @@ def text() -> tuple[MakeStep, dict[str, nnx.State], Any]:
 def anchored() -> tuple[MakeStep, dict[str, nnx.State], Any]:
     make_step, params, captions = text()
     moved = jax.tree.map(lambda leaf: leaf + 0.3 * jnp.cos(leaf), params["text_encoder"])
-    return partial(make_step, anchor=Anchor(moved, 0.7)), params, captions
+    return lambda **options: jax.jit(partial(make_step(**options), anchor=Anchor(moved, 0.7))), params, captions
 
 
 def autoencoder() -> tuple[MakeStep, dict[str, nnx.State], Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -81,11 +82,11 @@ def text_stage(context: Context) -> Stage:
         ]
 
         @jax.jit
-        def read(params: Any, captions: Captions) -> dict[str, jax.Array]:
+        def read(params: Any, captions: Captions, anchor: Anchor | None) -> dict[str, jax.Array]:
             loss, shares = reading_loss(modules, params, captions, anchor=anchor, dtype=context.dtype)
             return {"loss": loss, **shares}
 
-        validate = mean_over(read, placed)
+        validate = mean_over(partial(read, anchor=anchor), placed)
     step = make_text_step(
         modules,
         context.optimizer,
@@ -94,11 +95,10 @@ def text_stage(context: Context) -> Stage:
         ema_decay=config.train.ema,
         dtype=context.dtype,
         accumulate=config.train.accumulate,
-        anchor=anchor,
     )
     return Stage(
         make_params=make_params,
-        step=step,
+        step=partial(step, anchor=anchor),
         batches=NumberedBatches(
             CaptionBatch(data, context.local_rows, *context.part),
             {"world": data.seed},

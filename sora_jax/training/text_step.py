@@ -54,7 +54,7 @@ class Anchor(NamedTuple):
     """The text encoder that embeddings stay near, and how much that weighs (`ReadingConfig.anchor`)."""
 
     text_encoder: nnx.State
-    weight: float
+    weight: float | Float[Array, ""]
 
 
 class Captions(NamedTuple):
@@ -146,16 +146,17 @@ def make_text_step(
     ema_decay: float = 0.999,
     dtype: jnp.dtype | type = jnp.float32,
     accumulate: int = 1,
-    anchor: Anchor | None = None,
-) -> Callable[[TrainState, Captions], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """`step(state, captions) -> (state, metrics)`, jitted, with `state` donated; in `accumulate` passes."""
+) -> Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """`step(state, captions, anchor) -> (state, metrics)`, jitted, with `state` donated; in `accumulate` passes."""
 
-    def share(params: Any, captions: Captions) -> tuple[jax.Array, dict[str, jax.Array]]:
-        # Means over captions, of which each pass has as many: their mean is that of the batch.
-        means = reading_loss(modules, params, captions, anchor=anchor, dtype=dtype)
-        return jax.tree.map(lambda mean: mean / accumulate, means)
+    def step(
+        state: TrainState, captions: Captions, anchor: Anchor | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        def share(params: Any, captions: Captions) -> tuple[jax.Array, dict[str, jax.Array]]:
+            # Means over captions, of which each pass has as many: their mean is that of the batch.
+            means = reading_loss(modules, params, captions, anchor=anchor, dtype=dtype)
+            return jax.tree.map(lambda mean: mean / accumulate, means)
 
-    def step(state: TrainState, captions: Captions) -> tuple[TrainState, dict[str, jax.Array]]:
         (loss, shares), grads = accumulated(share, state.params, captions, accumulate)
         state, metrics = apply_gradients(
             state, grads, loss, optimizer, clip_norm=clip_norm, spike_sigmas=spike_sigmas, ema_decay=ema_decay
