@@ -97,12 +97,17 @@ def trained(run: Run, work: Path) -> dict[str, Any]:
     """Trains, and says what it cost and what loss it came to; the log of losses is kept beside the result."""
     workdir, steps = work / run.name, steps_of(run)
     account, beside = workdir / "goodput.json", workdir / "other_work.json"
-    finished = account.exists() and json.loads(account.read_text())["finished"]
-    if not finished or not beside.exists():
+
+    def finished() -> bool:
+        return account.exists() and json.loads(account.read_text())["finished"]
+
+    if not finished() or not beside.exists():
         other = OtherWork()
         words = [f"data.latents={work / 'made' / 'latents'}", *settings(run)]
         told = [f"--config.{word.format(work=work)}" for word in words]
         sora_jax("train", "--config", BASE, "--workdir", str(workdir), *told)
+        if not finished():  # told to stop, it saves and leaves as one that is done does
+            raise SystemExit(f"{run.name} was stopped before its last step; the same command goes on from there")
         beside.write_text(json.dumps(other.share()))  # of the last leg
     log = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     lines = [rounded({key: value for key, value in line.items() if _kept(key)}) for line in log]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 
@@ -212,6 +213,23 @@ def test_what_has_a_result_is_not_run_again(kept, monkeypatch):
     (kept / "base.json").write_text(json.dumps(result("base", 0.5)))
     study.main(["base", "--work", str(kept)])
     assert [set(results) for _, results, _ in pages] == [{"base"}]
+
+
+def test_a_training_that_was_told_to_stop_has_no_result(kept, tmp_path, monkeypatch):
+    """It leaves with exit code 0, after as many validations as it came to."""
+    work = tmp_path / "work"
+
+    def stopped(*command: str) -> str:
+        workdir = work / "seed-1"
+        workdir.mkdir(parents=True)
+        (workdir / "goodput.json").write_text(json.dumps({"finished": False, "seconds": {"steps": 3.0}}))
+        (workdir / "metrics.jsonl").write_text(json.dumps({"step": 720, "validation_loss": 0.6}) + "\n")
+        return ""
+
+    monkeypatch.setattr(study, "sora_jax", stopped)
+    with pytest.raises(SystemExit, match="seed-1 was stopped before its last step; the same command goes on"):
+        study.make(dataclasses.replace(BY_NAME["seed-1"], needs=()), work)
+    assert not list(kept.glob("seed-1*"))
 
 
 def test_the_table_says_what_a_change_gained():
