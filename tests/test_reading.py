@@ -13,6 +13,7 @@ from sora_jax.config import load_config
 from sora_jax.errors import UserError
 from sora_jax.models.structure import parameters_of, structure_of
 from sora_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+from sora_jax.training.loop import train
 from sora_jax.training.state import TrainState, make_init
 from sora_jax.training.text_step import Anchor, Captions, Reader, TextModules, make_text_step, reading_loss
 
@@ -92,3 +93,9 @@ def test_the_size_of_what_is_not_anchored_is_held(captions: Captions):
 def test_an_anchor_is_a_weight():
     with pytest.raises(UserError, match=r"reading\.anchor must be >= 0, not -1"):
         load_config("world_2_text", ["reading.anchor=-1"])
+
+
+def test_an_anchor_wants_what_to_stay_near(tmp_path):
+    with pytest.raises(UserError, match=r"near those of another text encoder: name it in train\.init"):
+        train(load_config("world_2_text"), tmp_path / "run", say=lambda line: None)
+    assert not (tmp_path / "run").exists()
