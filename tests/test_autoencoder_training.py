@@ -13,19 +13,21 @@ import pytest
 from flax import nnx
 
 from sora_jax.errors import UserError
+from sora_jax.evaluation.reconstruction import ssim
 from sora_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sora_jax.training.autoencoder_step import (
     MODULE,
     AutoencoderLossConfig,
     gradient_error,
     make_autoencoder_step,
+    ssim_error,
 )
 from sora_jax.training.state import TrainState, make_init
 
 CONFIG = AutoencoderConfig(
     base_dim=8, z_dim=8, dim_mult=(1, 1), num_res_blocks=1, temperal_downsample=(True,), is_residual=True, patch_size=2
 )
-WEIGHTS = AutoencoderLossConfig(l1=0.3, l2=4.0, gradient=0.3, gradient_scales=2, kl=1e-4)
+WEIGHTS = AutoencoderLossConfig(l1=0.3, l2=4.0, gradient=0.3, gradient_scales=2, ssim=0.2, kl=1e-4)
 OPTIMIZER = optax.adam(3e-3)
 
 
@@ -88,6 +90,20 @@ def test_gradient_error_forgives_a_constant_and_takes_images():
     assert gradient_error(step_edge, 1) == 1.0  # one step of 3 among 3 differences; one frame and one row add nothing
 
 
+def test_ssim_error_is_what_the_judge_says_is_missing():
+    rng = np.random.default_rng(3)
+    video = rng.integers(0, 256, (2, 3, 16, 13, 3)).astype(np.uint8)
+    video[1] = 40  # flat, where small errors weigh most
+    made = np.clip(video + rng.normal(0, 6, video.shape), 0, 255).astype(np.uint8)
+    expected = 1 - np.mean([ssim(*pair) for pair in zip(video, made, strict=True)])
+    found = ssim_error(*(jnp.asarray(x / 127.5 - 1.0, jnp.float32) for x in (video, made)))
+    assert 0.1 < expected < 0.8
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    np.testing.assert_allclose(ssim_error(*(jnp.full((1, 1, 11, 11, 1), x) for x in (0.5, 0.5))), 0.0, atol=1e-6)
+    with pytest.raises(UserError, match=r"reconstruction\.ssim needs frames of at least 11 x 11 pixels, not 16 x 10"):
+        ssim_error(jnp.zeros((1, 1, 16, 10, 3)), jnp.zeros((1, 1, 16, 10, 3)))
+
+
 def test_loss_terms_are_those_of_the_reconstruction_of_a_sample():
     video, state = (clips() / 127.5 - 1.0).astype(np.float32), first_state()
 
@@ -103,10 +119,12 @@ def test_loss_terms_are_those_of_the_reconstruction_of_a_sample():
         "l1": np.abs(error).mean(),
         "l2": (error**2).mean(),
         "gradient": float(gradient_error(jnp.asarray(error), 2)),
+        "ssim": float(ssim_error(jnp.asarray(video), jnp.asarray(decoded))),
         "kl": ((mean**2 + np.exp(logvar) - 1 - logvar) / 2).mean(),
         "psnr": 10 * np.log10(4 / (error**2).mean()),
     }
-    expected["loss"] = 0.3 * expected["l1"] + 4 * expected["l2"] + 0.3 * expected["gradient"] + 1e-4 * expected["kl"]
+    weights = {"l1": 0.3, "l2": 4.0, "gradient": 0.3, "ssim": 0.2, "kl": 1e-4}
+    expected["loss"] = sum(weight * expected[name] for name, weight in weights.items())
     _, metrics = step_of(jnp.float32)(state, clips())  # bytes
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
@@ -152,3 +170,5 @@ def test_mistakes_are_named():
         make_autoencoder_step(graphdef(), dataclasses.replace(CONFIG, dropout=0.1), OPTIMIZER, WEIGHTS)
     with pytest.raises(UserError, match="gradient_scales must be at least 1, not 0"):
         AutoencoderLossConfig(gradient_scales=0)
+    with pytest.raises(UserError, match=r"reconstruction\.ssim must be >= 0, not -1"):
+        AutoencoderLossConfig(ssim=-1.0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Num
@@ -25,6 +26,8 @@ MODULE = "autoencoder"  # the one entry of `TrainState.params`
 ENCODER = ("encoder", "quant_conv")  # the parts of an autoencoder that make latents
 DECODER = ("decoder", "post_quant_conv")  # and those that read them
 
+SSIM_WINDOW = 11  # pixels, as the judge has it (`evaluation.reconstruction`)
+
 Step = Callable[[TrainState, Num[Array, "B T H W 3"]], tuple[TrainState, dict[str, Float[Array, ""]]]]
 
 
@@ -36,12 +39,16 @@ class AutoencoderLossConfig:
     l2: float = 0.0  # squared error: what PSNR counts; worth adding at the end of a run
     gradient: float = 1.0
     gradient_scales: int = 3
+    ssim: float = 0.0  # what structural similarity lacks of 1: errors count most where there is little to see
     kl: float = 1e-5
     train_encoder: bool = True  # False: the decoder alone learns, and latents that were cached stay what they are
 
     def __post_init__(self) -> None:
         if self.gradient_scales < 1:
             raise UserError(f"gradient_scales must be at least 1, not {self.gradient_scales}")
+        for name in ("l1", "l2", "gradient", "ssim", "kl"):
+            if getattr(self, name) < 0:
+                raise UserError(f"reconstruction.{name} must be >= 0, not {getattr(self, name)}")
 
 
 def gradient_error(error: Float[Array, "B T H W C"], scales: int) -> Float[Array, ""]:
@@ -60,6 +67,40 @@ def gradient_error(error: Float[Array, "B T H W C"], scales: int) -> Float[Array
             if error.shape[axis] > 1:
                 total += jnp.mean(jnp.abs(jnp.diff(error, axis=axis)))
     return total / scales
+
+
+def ssim_error(video: Float[Array, "B T H W C"], decoded: Float[Array, "B T H W C"]) -> Float[Array, ""]:
+    """1 - SSIM of frames in [-1, 1] (Wang et al. 2004, "Image quality assessment"): a Gaussian window of 11 x 11 and
+    standard deviation 1.5, only where it fits the frame; K1 = .01, K2 = .03; mean over all.
+
+    Windows are products with two matrices, one along each side, which every platform is fast at. Raises `UserError` for
+    frames smaller than the window.
+    """
+    height, width = video.shape[2:4]
+    if min(height, width) < SSIM_WINDOW:
+        raise UserError(
+            f"reconstruction.ssim needs frames of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, not {height} x {width}"
+        )
+    down, along = _windows(height), _windows(width)
+
+    def blur(x: Array) -> Array:
+        # variances are small differences of what this returns
+        return jnp.einsum("bthwc,ih,jw->btijc", x, down, along, precision=jax.lax.Precision.HIGHEST)
+
+    x, y = (0.5 + 0.5 * frames.astype(jnp.float32) for frames in (video, decoded))  # black is 0, where means compare
+    mean_x, mean_y = blur(x), blur(y)
+    variances = blur(x * x + y * y) - mean_x**2 - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    alike = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1) * (2 * covariance + c2) / (variances + c2)
+    return 1.0 - jnp.mean(alike)
+
+
+def _windows(size: int) -> Float[np.ndarray, "_ size"]:
+    """Each row is the Gaussian window at one of the places where it fits a side of `size` pixels."""
+    far = np.arange(size) - np.arange(size - SSIM_WINDOW + 1)[:, None] - SSIM_WINDOW // 2
+    weights = np.where(np.abs(far) <= SSIM_WINDOW // 2, np.exp(-(far**2) / (2 * 1.5**2)), 0.0)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def autoencoder_loss(
@@ -84,6 +125,8 @@ def autoencoder_loss(
         "gradient": gradient_error(error, weights.gradient_scales),
         "kl": posterior.kl(),
     }
+    if weights.ssim:
+        terms["ssim"] = ssim_error(video, decoded)
     loss = sum((getattr(weights, name) * value for name, value in terms.items()), jnp.zeros((), jnp.float32))
     return loss, terms | {"loss": loss}
 
